@@ -1,0 +1,105 @@
+"""Settings: one table, from which the environment and ``jf.config`` are read.
+
+============================ ============== ===========================================
+variable                     default        meaning
+============================ ============== ===========================================
+JAXFABRIC_TRANSPORT          (best)         transport of every Fabric that names none
+JAXFABRIC_TIMEOUT_S          30             time limit of operations, seconds
+JAXFABRIC_MAILBOX_BYTES      268435456      largest message between two ranks, bytes;
+                                            costs memory only as far as it is used
+JAXFABRIC_WINDOW_BYTES       1073741824     memory for all windows of a Fabric, bytes;
+                                            costs memory only as far as it is used
+JAXFABRIC_SPIN_S             0.000005       how long a worker looks again before it
+                                            sleeps, seconds
+============================ ============== ===========================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The values in force; see the table of this module."""
+
+    transport: str | None = None
+    timeout_s: float = 30.0
+    mailbox_bytes: int = 256 << 20
+    window_bytes: int = 1 << 30
+    spin_s: float = 5e-6
+
+
+def _from_environment() -> Settings:
+    settings = Settings()
+    for field in dataclasses.fields(Settings):
+        variable = f"JAXFABRIC_{field.name.upper()}"
+        text = os.environ.get(variable)
+        if text:
+            settings = _replace(settings, variable, field.name, text)
+    return settings
+
+
+def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings:
+    kind = {"transport": str, "timeout_s": float, "spin_s": float}.get(name, int)
+    try:
+        converted = None if value is None else kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{source}={value!r}: expected {kind.__name__}, as in the table of "
+            "jaxfabric._config"
+        ) from None
+    if converted is not None and kind is not str and converted < 0:
+        raise ValueError(f"{source}={value!r}: must not be negative")
+    return dataclasses.replace(settings, **{name: converted})
+
+
+class Config:
+    """``jf.config``: settings for Fabrics that are opened from now on.
+
+    Example::
+
+      jf.config.update(timeout_s=120)
+      with jf.config(transport="shm"):
+          fabric = jf.Fabric(mesh)
+    """
+
+    def __init__(self) -> None:
+        self._settings: Settings | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The values in force; the environment is read at the first use."""
+        if self._settings is None:
+            self._settings = _from_environment()
+        return self._settings
+
+    def update(self, **values: Any) -> None:
+        """Changes settings; raises TypeError for unknown names."""
+        known = {field.name for field in dataclasses.fields(Settings)}
+        settings = self.settings
+        for name, value in values.items():
+            if name not in known:
+                raise TypeError(
+                    f"jf.config has no setting {name!r}; there are "
+                    f"{', '.join(sorted(known))}"
+                )
+            settings = _replace(settings, name, name, value)
+        self._settings = settings
+
+    @contextlib.contextmanager
+    def __call__(self, **values: Any) -> Iterator[Settings]:
+        """The same for the time of a ``with`` block."""
+        before = self.settings
+        self.update(**values)
+        try:
+            yield self.settings
+        finally:
+            self._settings = before
+
+
+config = Config()

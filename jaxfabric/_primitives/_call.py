@@ -1,0 +1,154 @@
+"""What all of our calls have in common: parameters, lowering, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxfabric import _axes, _ffi, _sites
+
+TOKEN_SHAPE = (1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static part of a call, as a parameter of its primitive.
+
+    ``op`` is the user's name for it. ``axes`` are positions in the Fabric's mesh.
+    ``timeout_s`` is 0 to inherit the Fabric's. ``key`` is the user's.
+    """
+
+    op: str
+    fabric_key: int
+    axes: tuple[int, ...]
+    timeout_s: float
+    key: Hashable
+
+
+def make(
+    op: str,
+    axis_name: _axes.AxisName,
+    fabric: Any,
+    *,
+    timeout_s: float | None = None,
+    key: Hashable = None,
+) -> tuple[Call, tuple[str, ...], int]:
+    """Checks where a call stands; returns it, its axis names and their size."""
+    from jaxfabric import _fabric
+
+    axis = _axes.axis_tuple(op, axis_name)
+    size = _axes.axis_size(op, axis)
+    found = _fabric.require(op, axis, fabric)
+    axes = tuple(found.mesh.axis_names.index(name) for name in axis)
+    return (
+        Call(op, found.key, axes, checked_timeout(op, timeout_s), _hashable(op, key)),
+        axis,
+        size,
+    )
+
+
+def checked_timeout(op: str, timeout_s: float | None) -> float:
+    """``timeout_s`` in seconds, 0 for ``None``; raises ValueError."""
+    if timeout_s is None:
+        return 0.0
+    if not timeout_s > 0:
+        raise ValueError(f"{op}: timeout_s={timeout_s} must be above 0 seconds")
+    return float(timeout_s)
+
+
+def _hashable(op: str, key: Hashable) -> Hashable:
+    try:
+        hash(key)
+    except TypeError:
+        raise TypeError(f"{op}: key={key!r} must be hashable") from None
+    return key
+
+
+def checked_token(op: str, token: Any) -> jax.Array:
+    """The token, or a fresh one for ``None``; raises TypeError."""
+    import jax.numpy as jnp
+
+    if token is None:
+        return jnp.zeros(TOKEN_SHAPE, jnp.float32)
+    token = jnp.asarray(token)
+    if token.shape != TOKEN_SHAPE or token.dtype != jnp.float32:
+        raise TypeError(
+            f"{op}: token must be float32[1] as jf.token() makes it, got "
+            f"{token.dtype.name}{list(token.shape)}"
+        )
+    return token
+
+
+def define(
+    name: str,
+    target: str,
+    abstract_eval: Callable[..., Sequence[Any]],
+    attributes: Callable[..., dict[str, Any]],
+) -> Primitive:
+    """A primitive with several results that calls an FFI target on CPU.
+
+    ``abstract_eval(*operands, call, **params)`` gives the results' types;
+    ``attributes(**params)`` the handler's own attributes.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(
+        lambda *operands, call, **params: list(
+            abstract_eval(*operands, call=call, **params)
+        )
+    )
+
+    def lower(ctx: Any, *operands: Any, call: Call, **params: Any) -> Any:
+        _ffi.register_targets()
+        channel, label = _sites.next_site(ctx, call.op, call.key)
+        rule = jax.ffi.ffi_lowering(target, has_side_effect=True)
+        return rule(
+            ctx,
+            *operands,
+            fabric=np.int64(call.fabric_key),
+            channel=np.int64(channel),
+            label=label,
+            timeout_s=np.float64(call.timeout_s),
+            axes=np.asarray(call.axes, np.int64),
+            **attributes(**params),
+        )
+
+    # Not cacheable: JAX would lower equal calls once, and they would share a site.
+    mlir.register_lowering(primitive, lower, platform="cpu", cacheable=False)
+    return primitive
+
+
+def refuse_derivative(primitive: Primitive, op: str) -> None:
+    """Differentiating it raises, with the way out."""
+
+    def rule(*args: Any, **params: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{op} has no derivative: bytes land in memory that JAX does not see. "
+            "Use jf.exchange, which is differentiable, or wrap its operands in "
+            "jax.lax.stop_gradient"
+        )
+
+    ad.primitive_jvps[primitive] = rule
+
+
+def refuse_vmap(primitive: Primitive, op: str) -> None:
+    """Batching it raises, with the way out."""
+
+    def rule(*args: Any, **params: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{op} under jax.vmap would be one communication per batch element; "
+            "give it the whole batch as one array, or loop with jax.lax.scan"
+        )
+
+    batching.primitive_batchers[primitive] = rule
+
+
+def retyped(like: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """The type ``like`` (how it varies) with another shape and dtype."""
+    return like.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False)

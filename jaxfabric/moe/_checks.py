@@ -1,0 +1,164 @@
+"""Argument checks of dispatch and combine: before anything is bound, in Python.
+
+Each message says what was asked, what was found, and the line to change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROW_DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("fabric", "reference", "ragged")
+
+AxisName = str | Sequence[str]
+
+
+def axis_tuple(op: str, axis_name: AxisName) -> tuple[str, ...]:
+    """Normalises an axis name; raises TypeError for anything but names."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{op}: axis_name must be a mesh axis or a tuple of them, got {axis_name!r}"
+        )
+    return names
+
+
+def axis_size(op: str, axis: tuple[str, ...]) -> int:
+    """Number of ranks; raises ValueError outside a fully manual shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shown = axis[0] if len(axis) == 1 else axis
+    if mesh.empty or not mesh.manual_axes:
+        raise ValueError(
+            f"{op}: axis {shown!r} is not bound here; call it inside "
+            "jax.shard_map(f, mesh=mesh, ...) over a mesh that has this axis"
+        )
+    for name in axis:
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"{op}: axis {name!r} is not in the mesh, whose axes are "
+                f"{tuple(mesh.axis_names)}; change axis_name= or the mesh"
+            )
+    automatic = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+    if automatic:
+        raise ValueError(
+            f"{op}: over axis {shown!r} it needs a fully manual shard_map, but mesh "
+            f"axes {tuple(automatic)} are not manual here; drop axis_names= from "
+            "jax.shard_map, or nest a jax.shard_map over these axes around the call"
+        )
+    return math.prod(mesh.shape[name] for name in axis)
+
+
+def positive(op: str, what: str, value: Any, way_out: str) -> None:
+    """Raises unless value is an int of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{op}: {what} must be an int, got {type(value).__name__} {value!r}; "
+            f"{way_out}"
+        )
+    if value < 1:
+        raise ValueError(f"{op}: {what} must be at least 1, got {value}; {way_out}")
+
+
+def rows(op: str, what: str, x: jax.Array, way_out: str) -> None:
+    """Raises unless x is a matrix of rows in a supported dtype."""
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(
+            f"{op}: {what} must be a non-empty matrix, got shape {x.shape}; {way_out}"
+        )
+    if x.dtype.name not in ROW_DTYPES:
+        raise TypeError(
+            f"{op}: {what} must be one of {', '.join(ROW_DTYPES)}, got {x.dtype.name}; "
+            f"cast it, as in {what}.astype(jnp.float32)"
+        )
+
+
+def routes(op: str, x: jax.Array, ids: jax.Array, weights: jax.Array) -> None:
+    """Checks ids and weights against x and each other."""
+    for what, value, dtype in (("ids", ids, "int32"), ("weights", weights, "float32")):
+        if value.dtype.name != dtype:
+            raise TypeError(
+                f"{op}: {what} must be {dtype}, got {value.dtype.name}; pass "
+                f"{what}.astype(jnp.{dtype})"
+            )
+        if value.ndim != 2 or value.shape[0] != x.shape[0] or 0 in value.shape:
+            raise ValueError(
+                f"{op}: {what} must be [T, K] with T = {x.shape[0]} rows as x has, "
+                f"got shape {value.shape}; give each token K >= 1 entries"
+            )
+    if ids.shape != weights.shape:
+        raise ValueError(
+            f"{op}: ids have shape {ids.shape} but weights {weights.shape}; they must "
+            "be equal: one weight for each id"
+        )
+
+
+def experts(
+    op: str, axis: tuple[str, ...], num_experts: int, ranks: int, k: int
+) -> None:
+    """Checks the number of experts against ranks and experts per token."""
+    shown = axis[0] if len(axis) == 1 else axis
+    positive(op, "num_experts", num_experts, "it counts the experts of all ranks")
+    if num_experts % ranks:
+        raise ValueError(
+            f"{op}: num_experts={num_experts} is not divisible by the {ranks} ranks of "
+            f"axis {shown!r}; change num_experts= or the size of the axis"
+        )
+    if k > num_experts:
+        raise ValueError(
+            f"{op}: {k} experts per token (the last dimension of ids) but "
+            f"num_experts={num_experts}; an expert may appear once in a token"
+        )
+
+
+def choice(op: str, implementation: str | None) -> None:
+    """Checks the name of an implementation."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: implementation={implementation!r} is unknown; use None or one of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
+
+
+def call(op: str, name: Any, key: Any, timeout_s: float | None) -> None:
+    """Checks what identifies and bounds a call."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{op}: name must be a non-empty str, got {name!r}")
+    if not isinstance(key, Hashable):
+        raise TypeError(
+            f"{op}: key must be a static hashable value (a str or an int), got "
+            f"{type(key).__name__}"
+        )
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise ValueError(
+            f"{op}: timeout_s must be a positive number of seconds, got {timeout_s}; "
+            "None inherits the Fabric's"
+        )
+
+
+def token(op: str, value: jax.Array | None) -> jax.Array:
+    """Makes a token if there is none; raises TypeError for anything else."""
+    if value is None:
+        return jnp.zeros(1, jnp.float32)
+    value = jnp.asarray(value)
+    if value.shape != (1,) or value.dtype != jnp.float32:
+        raise TypeError(
+            f"{op}: token must be float32[1], got {value.dtype.name}"
+            f"{list(value.shape)}; start with jf.token() and pass on what calls return"
+        )
+    return value
+
+
+def accumulator(op: str, dtype: Any) -> jnp.dtype:
+    """Checks accum_dtype."""
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in ROW_DTYPES:
+        raise TypeError(
+            f"{op}: accum_dtype must be one of {', '.join(ROW_DTYPES)}, got "
+            f"{dtype.name}; jnp.float32 is the default"
+        )
+    return dtype

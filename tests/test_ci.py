@@ -1,0 +1,112 @@
+"""CI's stages: their caps add up, are enforced, and verdicts are told right."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def ci() -> ModuleType:
+    """`.ci/stages.py` as a module."""
+    spec = importlib.util.spec_from_file_location("stages", ROOT / ".ci/stages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["stages"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_stages_together_take_at_most_forty_minutes(ci: ModuleType) -> None:
+    assert ci.TOTAL_CAP_S == 40 * 60
+    assert all(stage.cap_s > 0 for stage in ci.STAGES)
+    assert sum(stage.cap_s for stage in ci.STAGES) <= ci.TOTAL_CAP_S
+
+
+def test_stage_names_are_unique(ci: ModuleType) -> None:
+    names = [stage.name for stage in ci.STAGES + ci.LONG_STAGES]
+    assert len(set(names)) == len(names)
+
+
+def test_ci_runs_the_readmes_own_two_commands(ci: ModuleType) -> None:
+    example, tests = ci.readme_commands((ROOT / "README.md").read_text())
+    assert "examples/train_moe.py" in example
+    assert "pytest" in tests
+    scripts = {stage.name: stage.script for stage in ci.STAGES}
+    assert scripts["example"].endswith(example)
+    assert scripts["tests-py311"].endswith(tests)
+
+
+@pytest.mark.parametrize("block", ["", "```sh\none\n```\n", "```\n1\n2\n3\n```\n"])
+def test_a_readme_without_exactly_two_commands_is_refused(
+    ci: ModuleType, block: str
+) -> None:
+    with pytest.raises(ValueError, match="not 2"):
+        ci.readme_commands(f"# Title\n{block}Text\n")
+
+
+def test_a_stage_over_its_cap_is_ended_and_fails(ci: ModuleType) -> None:
+    started = time.monotonic()
+    result = ci.run_stage(ci.Stage("endless", 1, "sleep 60"))
+    assert result.verdict == "failed"
+    assert result.reason == "over its cap of 1 s"
+    assert time.monotonic() - started < 30
+
+
+def test_a_process_left_behind_does_not_hold_the_stage(
+    ci: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ci, "KILL_AFTER_S", 1)
+    started = time.monotonic()
+    result = ci.run_stage(ci.Stage("orphan", 20, "setsid sleep 12 & exit 0"))
+    assert result.verdict == "passed"
+    assert time.monotonic() - started < 10
+
+
+def test_any_failing_line_fails_the_stage(ci: ModuleType) -> None:
+    result = ci.run_stage(ci.Stage("broken", 10, "false | true\necho unreachable"))
+    assert (result.verdict, result.reason) == ("failed", "exit code 1")
+
+
+def test_skips_are_reported_with_their_reasons(ci: ModuleType) -> None:
+    skipped = ci.run_stage(ci.Stage("absent", 10, "echo no such tool; exit 77"))
+    script = "echo 'SKIPPED [1] tests/test_x.py:3: no RDMA device'"
+    inner = ci.run_stage(ci.Stage("partial", 10, script))
+    text = ci.report([skipped, inner])
+    assert "absent: no such tool" in text
+    assert "partial: SKIPPED [1] tests/test_x.py:3: no RDMA device" in text
+
+
+def test_the_closing_line_counts_stages_and_failure_sets_the_exit_code(
+    ci: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = (ci.Stage("good", 10, "true"), ci.Stage("bad", 10, "exit 3"))
+    monkeypatch.setattr(ci, "MACHINE", stages[0])
+    monkeypatch.setattr(ci, "STAGES", stages)
+    assert ci.main([]) == 1
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"1 passed, 1 failed, 0 skipped", closing)
+    assert ci.main(["good"]) == 0
+    assert ci.main(["nonsense"]) == 2
+
+
+def test_run_lists_every_stage() -> None:
+    run = subprocess.run(
+        ["bash", str(ROOT / ".ci/run"), "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "tests-py311" in run.stdout
+    assert "long" in run.stdout

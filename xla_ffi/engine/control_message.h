@@ -1,0 +1,34 @@
+// ControlMessage: the short two-sided messages between endpoints.
+
+#ifndef JAXFABRIC_ENGINE_CONTROL_MESSAGE_H_
+#define JAXFABRIC_ENGINE_CONTROL_MESSAGE_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "base/status.h"
+
+namespace jaxfabric {
+
+struct ControlMessage {
+  enum class Type : uint16_t {
+    kCredits = 1,     // argument: mask of mailbox slots given back
+    kWantCredits = 2,  // the sender of this waits for credits
+    kAbort = 3,       // text: why the generation is over
+  };
+  Type type = Type::kCredits;
+  uint32_t generation = 0;
+  uint64_t argument = 0;
+  std::string text;
+
+  // Texts are cut here, so that any transport's messages can hold them.
+  static constexpr size_t kTextBytesMax = 1024;
+
+  std::string Encode() const;
+  static StatusOr<ControlMessage> Decode(std::string_view bytes);
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_ENGINE_CONTROL_MESSAGE_H_

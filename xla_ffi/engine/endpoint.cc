@@ -1,0 +1,539 @@
+#include "engine/endpoint.h"
+
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "base/elastic_pool.h"
+
+namespace jaxfabric {
+namespace {
+
+// Credits ride on messages going back; they travel alone when this many slots,
+// or this share of the data area, would otherwise stay with us.
+constexpr int kSlotsKeptMax = kMailboxSlots / 4;
+constexpr uint64_t kBytesKeptShare = 4;
+
+Status Nonsense(uint32_t peer, const std::string& what) {
+  return Status(StatusCode::kDataLoss,
+                "rank " + std::to_string(peer) + " sent " + what);
+}
+
+void PostAll(std::vector<std::function<void()>> tasks) {
+  for (auto& task : tasks) ElasticPool::Get().Post(std::move(task));
+}
+
+std::string LabelOf(const MailboxDescriptor& descriptor) {
+  return std::string(descriptor.label,
+                     strnlen(descriptor.label, kLabelBytes));
+}
+
+}  // namespace
+
+Endpoint::Endpoint(EndpointOptions options,
+                   std::vector<std::unique_ptr<Domain>> domains, Lost lost)
+    : options_(options),
+      lost_(std::move(lost)),
+      group_(std::move(domains)),
+      put_spans_(options.heap.window_bytes) {}
+
+StatusOr<std::unique_ptr<Endpoint>> Endpoint::Open(
+    EndpointOptions options, std::vector<std::unique_ptr<Domain>> domains,
+    Lost lost) {
+  if (options.heap.ranks > kRanksMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  "a fabric has at most " + std::to_string(kRanksMax) +
+                      " ranks, not " + std::to_string(options.heap.ranks));
+  }
+  std::unique_ptr<Endpoint> endpoint(
+      new Endpoint(options, std::move(domains), std::move(lost)));
+  JF_RETURN_IF_ERROR(endpoint->OpenHeap());
+  return endpoint;
+}
+
+Status Endpoint::OpenHeap() {
+  JF_ASSIGN_OR_RETURN(heap_, SharedMemory::Create("jaxfabric-heap",
+                                                  options_.heap.TotalBytes()));
+  JF_ASSIGN_OR_RETURN(
+      heap_keys_,
+      group_.RegisterMemory({heap_.data(), heap_.size(), heap_.fd()}));
+  if (group_.caps().direct_store && group_.size() == 1) return OkStatus();
+  // Staging mirrors the mailboxes: what is sent to rank r lies where it will
+  // lie in r's heap, but in r's stride instead of ours. Puts follow.
+  JF_ASSIGN_OR_RETURN(
+      staging_,
+      SharedMemory::Create("jaxfabric-staging", options_.heap.TotalBytes()));
+  JF_ASSIGN_OR_RETURN(
+      staging_region_.keys,
+      group_.RegisterMemory({staging_.data(), staging_.size(), staging_.fd()}));
+  staging_region_.base = staging_.data();
+  staging_region_.length = staging_.size();
+  return OkStatus();
+}
+
+RankAddress Endpoint::address() const {
+  const MrDesc heap = {reinterpret_cast<uintptr_t>(heap_.data()), heap_.size(),
+                       heap_keys_};
+  std::lock_guard<std::mutex> lock(mutex_);
+  return {options_.generation, group_.addresses(), heap};
+}
+
+Status Endpoint::Connect(uint32_t name, const RankAddress& address,
+                         Deadline deadline) {
+  if (name >= options_.heap.ranks || name == options_.rank) {
+    return Status(StatusCode::kInvalidArgument,
+                  "no other rank " + std::to_string(name));
+  }
+  if (address.generation != options_.generation) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "rank " + std::to_string(name) + " is of generation " +
+                      std::to_string(address.generation) + ", not " +
+                      std::to_string(options_.generation));
+  }
+  if (address.heap.length != options_.heap.TotalBytes()) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "rank " + std::to_string(name) + " has a heap of " +
+                      std::to_string(address.heap.length) +
+                      " bytes where this rank has " +
+                      std::to_string(options_.heap.TotalBytes()) +
+                      "; give all processes the same jaxfabric settings");
+  }
+  auto peer = std::make_unique<Peer>(options_.heap.mailbox_bytes);
+  peer->address = address;
+  std::lock_guard<std::mutex> lock(mutex_);
+  JF_RETURN_IF_ERROR(group_.AddPeer(name, address.domains, deadline));
+  if (staging_.data() == nullptr) {
+    peer->direct =
+        group_.DirectPointer(name, address.heap, 0, address.heap.length);
+    if (peer->direct == nullptr) {
+      return Status(StatusCode::kUnavailable,
+                    "the heap of rank " + std::to_string(name) +
+                        " could not be mapped");
+    }
+  }
+  peers_[name] = std::move(peer);
+  return OkStatus();
+}
+
+uint64_t Endpoint::NextSequence(uint64_t channel) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return sequences_[channel]++;
+}
+
+bool Endpoint::EnterChannel(uint64_t channel) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return channels_under_way_.insert(channel).second;
+}
+
+void Endpoint::LeaveChannel(uint64_t channel) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  channels_under_way_.erase(channel);
+}
+
+bool Endpoint::Expect(MatchKey key, std::vector<uint32_t> sources,
+                      const OperationPtr& operation, MatchTable::Ready ready,
+                      std::vector<Arrival>* arrivals) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return matches_.Expect(key, std::move(sources), operation, std::move(ready),
+                         arrivals);
+}
+
+std::string Endpoint::DescribeMissing(MatchKey key) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::string text;
+  for (uint32_t source : matches_.Missing(key)) {
+    text += (text.empty() ? "rank " : ", rank ") + std::to_string(source);
+  }
+  if (text.empty()) text = "credit to send";
+  const std::string unmatched = matches_.DescribeUnmatched();
+  if (!unmatched.empty()) {
+    text += "; what came instead matches no call here: " + unmatched +
+            " (do all ranks run the same program?)";
+  }
+  return text;
+}
+
+bool Endpoint::Reserve(Peer& peer, uint64_t bytes, Reservation* reservation) {
+  if (~peer.slots_used == 0) return false;
+  const auto offset = peer.spans.Allocate(bytes);
+  if (!offset) return false;
+  const auto slot = static_cast<uint32_t>(std::countr_one(peer.slots_used));
+  peer.slots_used |= uint64_t{1} << slot;
+  peer.sent[slot] = {.offset = *offset, .written = false, .credited = false};
+  *reservation = {slot, *offset};
+  return true;
+}
+
+void Endpoint::Send(Outgoing outgoing) {
+  const OperationPtr operation = outgoing.operation;
+  Reservation reservation;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Peer& peer = *peers_.at(outgoing.destination);
+    if (peer.lost || operation->failed()) return;
+    if (outgoing.bytes > options_.heap.mailbox_bytes) {
+      operation->Fail(Status(
+          StatusCode::kResourceExhausted,
+          operation->label() + ": a message of " +
+              std::to_string(outgoing.bytes) + " bytes to rank " +
+              std::to_string(outgoing.destination) +
+              " does not fit a mailbox of " +
+              std::to_string(options_.heap.mailbox_bytes) +
+              " bytes; raise JAXFABRIC_MAILBOX_BYTES on all ranks"));
+      return;
+    }
+    if (!peer.waiting.empty() || !Reserve(peer, outgoing.bytes, &reservation)) {
+      if (peer.waiting.empty()) {
+        SendControl(outgoing.destination, ControlMessage::Type::kWantCredits, 0,
+                    "");
+      }
+      peer.waiting.push_back(std::move(outgoing));
+      return;
+    }
+  }
+  PackAndPost(outgoing, reservation);
+}
+
+void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
+  const uint32_t name = outgoing.destination;
+  const HeapLayout& heap = options_.heap;
+  const uint64_t remote_descriptor =
+      heap.Descriptor(options_.rank, reservation.slot);
+  const uint64_t remote_data = heap.Data(options_.rank) + reservation.offset;
+  std::byte* direct = nullptr;
+  uint64_t credits = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Peer& peer = *peers_.at(name);
+    direct = peer.direct;
+    credits = std::exchange(peer.give_back, 0);
+    peer.give_back_bytes = 0;
+  }
+  const uint64_t local_descriptor = heap.Descriptor(name, reservation.slot);
+  const uint64_t local_data = heap.Data(name) + reservation.offset;
+  std::byte* const descriptor_at = direct != nullptr
+                                       ? direct + remote_descriptor
+                                       : staging_.data() + local_descriptor;
+  std::byte* const data_at =
+      direct != nullptr ? direct + remote_data : staging_.data() + local_data;
+  MailboxDescriptor descriptor = {};
+  descriptor.magic = kDescriptorMagic;
+  descriptor.generation = options_.generation;
+  descriptor.channel = outgoing.key.channel;
+  descriptor.sequence = outgoing.key.sequence;
+  descriptor.offset = reservation.offset;
+  descriptor.length = outgoing.bytes;
+  descriptor.credits = credits;
+  descriptor.run_id = outgoing.run_id;
+  outgoing.label.copy(descriptor.label, kLabelBytes);
+  std::memcpy(descriptor_at, &descriptor, sizeof descriptor);
+  outgoing.pack(data_at);
+
+  // What was stored through the mapping only needs its count.
+  std::vector<Piece> pieces;
+  if (direct == nullptr) {
+    pieces = {{local_descriptor, remote_descriptor, sizeof descriptor},
+              {local_data, remote_data, outgoing.bytes}};
+  }
+  const TransferId id = {options_.rank, IdKind::kMailbox, reservation.slot};
+  std::lock_guard<std::mutex> lock(mutex_);
+  Peer& peer = *peers_.at(name);
+  if (peer.lost) return;
+  ++peer.stats.messages_sent;
+  peer.stats.message_bytes_sent += outgoing.bytes;
+  ++writes_open_;
+  const Status posted = group_.SubmitWrite(
+      name, staging_region_, peer.address.heap, pieces, id.Encode(),
+      [this, name, slot = reservation.slot](const Status&) {
+        Written(name, slot);
+      });
+  if (!posted.ok()) {
+    --writes_open_;
+    outgoing.operation->Fail(posted.Annotate(outgoing.operation->label()));
+  }
+}
+
+// Runs under mutex_, inside the group. A write that failed is followed by the
+// loss of its peer, which is where it is reported.
+void Endpoint::Written(uint32_t name, uint32_t slot) {
+  --writes_open_;
+  Peer& peer = *peers_.at(name);
+  peer.sent[slot].written = true;
+  FreeIfDone(peer, slot);
+}
+
+void Endpoint::FreeIfDone(Peer& peer, uint32_t slot) {
+  const Sent& sent = peer.sent[slot];
+  if (!sent.written || !sent.credited) return;
+  peer.spans.Free(sent.offset);
+  peer.slots_used &= ~(uint64_t{1} << slot);
+}
+
+void Endpoint::SendControl(uint32_t name, ControlMessage::Type type,
+                           uint64_t argument, const std::string& text) {
+  ++peers_.at(name)->stats.control_messages;
+  group_.SubmitSend(
+      name,
+      ControlMessage{type, options_.generation, argument, text}.Encode());
+}
+
+void Endpoint::FlushCredits(uint32_t name, Peer& peer) {
+  peer.credits_wanted = false;
+  peer.give_back_bytes = 0;
+  SendControl(name, ControlMessage::Type::kCredits,
+              std::exchange(peer.give_back, 0), "");
+}
+
+void Endpoint::TakeCredits(uint32_t name, Peer& peer, uint64_t mask,
+                           Tasks* tasks) {
+  for (uint64_t rest = mask & peer.slots_used; rest != 0; rest &= rest - 1) {
+    const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
+    peer.sent[slot].credited = true;
+    FreeIfDone(peer, slot);
+  }
+  while (!peer.waiting.empty()) {
+    Reservation reservation;
+    if (!Reserve(peer, peer.waiting.front().bytes, &reservation)) {
+      SendControl(name, ControlMessage::Type::kWantCredits, 0, "");
+      return;
+    }
+    tasks->push_back([this, reservation,
+                      outgoing = std::move(peer.waiting.front())] {
+      PackAndPost(outgoing, reservation);
+    });
+    peer.waiting.pop_front();
+  }
+}
+
+void Endpoint::Release(const Arrival& arrival) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Peer& peer = *peers_.at(arrival.source);
+  const uint64_t bit = uint64_t{1} << arrival.slot;
+  peer.occupied &= ~bit;
+  peer.give_back |= bit;
+  peer.give_back_bytes += arrival.length;
+  if (peer.credits_wanted || std::popcount(peer.give_back) >= kSlotsKeptMax ||
+      peer.give_back_bytes >= options_.heap.mailbox_bytes / kBytesKeptShare) {
+    FlushCredits(arrival.source, peer);
+  }
+}
+
+Status Endpoint::OnImmediate(uint32_t name, Peer& peer, uint32_t word,
+                             Tasks* tasks) {
+  const Immediate immediate = Immediate::Decode(word);
+  const TransferId id = TransferId::Decode(immediate.id);
+  if (immediate.Units() == 0 || id.source != name) {
+    return Nonsense(name, "an immediate that is not its own");
+  }
+  if (id.kind == IdKind::kWindow) {
+    return window_counters_.Add(id.slot, immediate.Units(), tasks);
+  }
+  if (id.kind != IdKind::kMailbox || id.slot >= kMailboxSlots) {
+    return Nonsense(name, "an immediate of an unknown kind");
+  }
+  uint64_t& units = peer.units[id.slot];
+  units += immediate.Units();
+  if (units < kTransferUnits) return OkStatus();
+  if (units > kTransferUnits || (peer.occupied >> id.slot & 1) != 0) {
+    return Nonsense(name, "a message into a slot that is in use");
+  }
+  units = 0;
+  return OnMailbox(name, peer, id.slot, tasks);
+}
+
+Status Endpoint::OnMailbox(uint32_t name, Peer& peer, uint32_t slot,
+                           Tasks* tasks) {
+  MailboxDescriptor descriptor;
+  std::memcpy(&descriptor, heap_.data() + options_.heap.Descriptor(name, slot),
+              sizeof descriptor);
+  if (descriptor.magic != kDescriptorMagic ||
+      descriptor.length > options_.heap.mailbox_bytes ||
+      descriptor.offset > options_.heap.mailbox_bytes - descriptor.length) {
+    return Nonsense(name, "a descriptor that is out of bounds");
+  }
+  TakeCredits(name, peer, descriptor.credits, tasks);
+  if (descriptor.generation != options_.generation) {
+    ++peer.stats.stale_dropped;
+    peer.give_back |= uint64_t{1} << slot;
+    return OkStatus();
+  }
+  ++peer.stats.messages_received;
+  peer.stats.message_bytes_received += descriptor.length;
+  peer.occupied |= uint64_t{1} << slot;
+  const Arrival arrival = {
+      .source = name,
+      .slot = slot,
+      .key = {descriptor.channel, descriptor.sequence},
+      .data = heap_.data() + options_.heap.Data(name) + descriptor.offset,
+      .length = descriptor.length};
+  if (auto ready = matches_.Add(arrival, LabelOf(descriptor))) {
+    tasks->push_back(std::move(ready));
+  }
+  return OkStatus();
+}
+
+Status Endpoint::OnControl(uint32_t name, Peer& peer, const std::string& bytes,
+                           Tasks* tasks) {
+  JF_ASSIGN_OR_RETURN(const ControlMessage message,
+                      ControlMessage::Decode(bytes));
+  if (message.generation != options_.generation) {
+    ++peer.stats.stale_dropped;
+    return OkStatus();
+  }
+  switch (message.type) {
+    case ControlMessage::Type::kCredits:
+      TakeCredits(name, peer, message.argument, tasks);
+      return OkStatus();
+    case ControlMessage::Type::kWantCredits:
+      peer.credits_wanted = true;
+      if (peer.give_back != 0) FlushCredits(name, peer);
+      return OkStatus();
+    case ControlMessage::Type::kAbort:
+      return Status(StatusCode::kAborted, "rank " + std::to_string(name) +
+                                              " gave up: " + message.text);
+  }
+  return OkStatus();
+}
+
+void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
+                            Tasks* tasks,
+                            std::vector<std::pair<uint32_t, Status>>* losses) {
+  using Kind = DomainGroup::Event::Kind;
+  for (DomainGroup::Event& event : events) {
+    const auto found = peers_.find(event.peer);
+    if (found == peers_.end()) continue;
+    Peer& peer = *found->second;
+    Status status = OkStatus();
+    if (event.kind == Kind::kPeerLost) {
+      peer.lost = true;
+      status = event.status;
+    } else if (event.kind == Kind::kImmediate) {
+      status = OnImmediate(event.peer, peer, event.immediate, tasks);
+    } else {
+      status = OnControl(event.peer, peer, event.message, tasks);
+    }
+    if (!status.ok()) losses->push_back({event.peer, std::move(status)});
+  }
+}
+
+bool Endpoint::Progress() {
+  Tasks tasks;
+  std::vector<std::pair<uint32_t, Status>> losses;
+  bool moved = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<DomainGroup::Event> events;
+    moved = group_.Poll(&events);
+    HandleEvents(events, &tasks, &losses);
+    if (!puts_.empty()) PumpPuts();
+  }
+  PostAll(std::move(tasks));
+  for (auto& [peer, status] : losses) lost_(peer, std::move(status));
+  return moved;
+}
+
+void Endpoint::CountLocally(uint32_t slot) {
+  Tasks tasks;
+  const Status counted = window_counters_.Add(slot, kTransferUnits, &tasks);
+  PostAll(std::move(tasks));
+  if (!counted.ok()) lost_(options_.rank, counted);
+}
+
+void Endpoint::Put(uint32_t name, uint64_t window_offset,
+                   const std::byte* source, uint64_t bytes, uint32_t slot,
+                   OperationPtr operation) {
+  const uint64_t at = options_.heap.Windows() + window_offset;
+  JF_CHECK(at + bytes <= options_.heap.TotalBytes());
+  if (name == options_.rank) {
+    std::memcpy(heap_.data() + at, source, bytes);
+    CountLocally(slot);
+    return;
+  }
+  std::byte* direct = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Peer& peer = *peers_.at(name);
+    if (peer.lost) return;
+    ++peer.stats.puts;
+    peer.stats.put_bytes += bytes;
+    direct = peer.direct;
+    if (direct == nullptr) {
+      puts_.push_back(
+          {name, at, source, bytes, slot, std::move(operation)});
+      PumpPuts();
+      return;
+    }
+  }
+  std::memcpy(direct + at, source, bytes);
+  const TransferId id = {options_.rank, IdKind::kWindow, slot};
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++writes_open_;
+  const Status posted = group_.SubmitWrite(
+      name, staging_region_, peers_.at(name)->address.heap, {}, id.Encode(),
+      [this](const Status&) { --writes_open_; });
+  if (!posted.ok()) {
+    --writes_open_;
+    operation->Fail(posted.Annotate(operation->label()));
+  }
+}
+
+// Puts go in order, as staging memory allows. Runs under mutex_.
+void Endpoint::PumpPuts() {
+  while (!puts_.empty()) {
+    const auto offset = put_spans_.Allocate(puts_.front().bytes);
+    if (!offset) return;
+    const PendingPut put = std::move(puts_.front());
+    puts_.pop_front();
+    const uint64_t local = options_.heap.Windows() + *offset;
+    std::memcpy(staging_.data() + local, put.source, put.bytes);
+    const TransferId id = {options_.rank, IdKind::kWindow, put.slot};
+    ++writes_open_;
+    const Status posted = group_.SubmitWrite(
+        put.peer, staging_region_, peers_.at(put.peer)->address.heap,
+        {{local, put.window_offset, put.bytes}}, id.Encode(),
+        [this, span = *offset](const Status&) {
+          --writes_open_;
+          put_spans_.Free(span);
+        });
+    if (!posted.ok()) {
+      --writes_open_;
+      put_spans_.Free(*offset);
+      put.operation->Fail(posted.Annotate(put.operation->label()));
+    }
+  }
+}
+
+void Endpoint::BroadcastAbort(const std::string& text) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [name, peer] : peers_) {
+    if (!peer->lost) SendControl(name, ControlMessage::Type::kAbort, 0, text);
+  }
+}
+
+void Endpoint::DropWaiting() {
+  // Destroyed after the lock is released: they hold operations.
+  std::vector<MatchTable::Ready> matches;
+  std::vector<std::deque<Outgoing>> sends;
+  std::deque<PendingPut> puts;
+  const auto counts = window_counters_.TakeExpectations();
+  std::lock_guard<std::mutex> lock(mutex_);
+  matches = matches_.TakeExpectations();
+  for (auto& [name, peer] : peers_) {
+    sends.push_back(std::exchange(peer->waiting, {}));
+  }
+  puts = std::exchange(puts_, {});
+}
+
+bool Endpoint::Drained() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return writes_open_ == 0;
+}
+
+std::unordered_map<uint32_t, PeerStats> Endpoint::stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::unordered_map<uint32_t, PeerStats> all;
+  for (const auto& [name, peer] : peers_) all[name] = peer->stats;
+  return all;
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,199 @@
+// Endpoint: one local rank's end of the fabric: its Domains, its heap, its
+// mailboxes and windows. Thread-safe.
+
+#ifndef JAXFABRIC_ENGINE_ENDPOINT_H_
+#define JAXFABRIC_ENGINE_ENDPOINT_H_
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "base/shared_memory.h"
+#include "base/status.h"
+#include "engine/control_message.h"
+#include "engine/domain_group.h"
+#include "engine/imm_counter.h"
+#include "engine/immediate.h"
+#include "engine/mailbox.h"
+#include "engine/match_table.h"
+#include "engine/operation.h"
+#include "engine/rank_address.h"
+#include "engine/span_allocator.h"
+
+namespace jaxfabric {
+
+// What went to and came from one peer since the start.
+struct PeerStats {
+  uint64_t messages_sent = 0;
+  uint64_t message_bytes_sent = 0;  // headers and rows, as on the wire
+  uint64_t messages_received = 0;
+  uint64_t message_bytes_received = 0;
+  uint64_t puts = 0;  // into the peer's windows
+  uint64_t put_bytes = 0;
+  uint64_t control_messages = 0;
+  uint64_t stale_dropped = 0;  // messages of another generation
+};
+
+struct EndpointOptions {
+  uint32_t rank = 0;
+  uint32_t generation = 0;
+  HeapLayout heap;
+};
+
+// A message on its way out.
+struct Outgoing {
+  // Writes exactly `bytes` bytes, front to back, without reading them again:
+  // the memory may be the peer's.
+  using Pack = std::function<void(std::byte*)>;
+
+  uint32_t destination = 0;
+  MatchKey key;
+  uint64_t bytes = 0;
+  int64_t run_id = 0;
+  std::string label;
+  Pack pack;
+  OperationPtr operation;  // kept until `pack` has run
+};
+
+class Endpoint {
+ public:
+  // `lost` is told about failures that end the generation: the peer concerned
+  // and why. It is called without locks held.
+  using Lost = std::function<void(uint32_t peer, Status)>;
+
+  static StatusOr<std::unique_ptr<Endpoint>> Open(
+      EndpointOptions options, std::vector<std::unique_ptr<Domain>> domains,
+      Lost lost);
+
+  uint32_t rank() const { return options_.rank; }
+  const HeapLayout& heap_layout() const { return options_.heap; }
+  std::byte* heap() const { return heap_.data(); }
+  RankAddress address() const;
+  Status Connect(uint32_t peer, const RankAddress& address, Deadline deadline);
+
+  // How often `channel` was executed here before.
+  uint64_t NextSequence(uint64_t channel);
+  // False if an execution of `channel` is under way: two that nothing orders
+  // cannot be told apart.
+  bool EnterChannel(uint64_t channel);
+  void LeaveChannel(uint64_t channel);
+
+  // Sends at once, or when the destination gives credit.
+  void Send(Outgoing outgoing);
+
+  // Like MatchTable::Expect; `ready` runs on the ElasticPool.
+  bool Expect(MatchKey key, std::vector<uint32_t> sources,
+              const OperationPtr& operation, MatchTable::Ready ready,
+              std::vector<Arrival>* arrivals);
+  // The message was read; its slot goes back to its source.
+  void Release(const Arrival& arrival);
+  std::string DescribeMissing(MatchKey key) const;
+
+  // Writes into `peer`'s window memory (an offset into all windows) and counts
+  // one transfer under `slot` there. `source` is read before this returns, or
+  // while `operation` lives.
+  void Put(uint32_t peer, uint64_t window_offset, const std::byte* source,
+           uint64_t bytes, uint32_t slot, OperationPtr operation);
+
+  ImmCounterTable& window_counters() { return window_counters_; }
+
+  // Moves everything forward; true if anything happened.
+  bool Progress();
+
+  // Tells all peers that the generation is over, and why.
+  void BroadcastAbort(const std::string& text);
+  // Drops all that waits here. Whoever waits must have been failed before.
+  void DropWaiting();
+  // True once nothing posted here is on its way.
+  bool Drained() const;
+
+  std::unordered_map<uint32_t, PeerStats> stats() const;
+
+ private:
+  struct Sent {
+    uint64_t offset = 0;
+    bool written = false;   // our NIC does not read it any more
+    bool credited = false;  // the destination does not read it any more
+  };
+  struct PendingPut {
+    uint32_t peer;
+    uint64_t window_offset;
+    const std::byte* source;
+    uint64_t bytes;
+    uint32_t slot;
+    OperationPtr operation;
+  };
+  struct Peer {
+    explicit Peer(uint64_t mailbox_bytes) : spans(mailbox_bytes) {}
+    RankAddress address;
+    std::byte* direct = nullptr;  // the peer's heap, if mapped here
+    bool lost = false;
+    PeerStats stats;
+    // Outgoing.
+    uint64_t slots_used = 0;
+    std::array<Sent, kMailboxSlots> sent;
+    SpanAllocator spans;
+    std::deque<Outgoing> waiting;
+    // Incoming.
+    std::array<uint64_t, kMailboxSlots> units{};
+    uint64_t occupied = 0;
+    uint64_t give_back = 0;
+    uint64_t give_back_bytes = 0;
+    bool credits_wanted = false;
+  };
+  struct Reservation {
+    uint32_t slot;
+    uint64_t offset;
+  };
+  using Tasks = std::vector<std::function<void()>>;
+
+  Endpoint(EndpointOptions options,
+           std::vector<std::unique_ptr<Domain>> domains, Lost lost);
+  Status OpenHeap();
+  bool Reserve(Peer& peer, uint64_t bytes, Reservation* reservation);
+  void PackAndPost(const Outgoing& outgoing, Reservation reservation);
+  void Written(uint32_t peer, uint32_t slot);
+  void FreeIfDone(Peer& peer, uint32_t slot);
+  void SendControl(uint32_t peer, ControlMessage::Type type, uint64_t argument,
+                   const std::string& text);
+  void FlushCredits(uint32_t name, Peer& peer);
+  void TakeCredits(uint32_t name, Peer& peer, uint64_t mask, Tasks* tasks);
+  Status OnImmediate(uint32_t name, Peer& peer, uint32_t word, Tasks* tasks);
+  Status OnMailbox(uint32_t name, Peer& peer, uint32_t slot, Tasks* tasks);
+  Status OnControl(uint32_t name, Peer& peer, const std::string& bytes,
+                   Tasks* tasks);
+  void HandleEvents(std::vector<DomainGroup::Event>& events, Tasks* tasks,
+                    std::vector<std::pair<uint32_t, Status>>* losses);
+  void PutStaged(PendingPut put);
+  void PumpPuts();
+  void CountLocally(uint32_t slot);
+
+  const EndpointOptions options_;
+  const Lost lost_;
+  SharedMemory heap_;
+  SharedMemory staging_;  // only where peers' memory is not mapped
+  LocalRegion staging_region_;
+  std::vector<uint64_t> heap_keys_;
+  ImmCounterTable window_counters_;
+
+  mutable std::mutex mutex_;  // guards what follows
+  DomainGroup group_;
+  std::unordered_map<uint32_t, std::unique_ptr<Peer>> peers_;
+  MatchTable matches_;
+  std::unordered_map<uint64_t, uint64_t> sequences_;
+  std::unordered_set<uint64_t> channels_under_way_;
+  SpanAllocator put_spans_;
+  std::deque<PendingPut> puts_;
+  uint64_t writes_open_ = 0;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_ENGINE_ENDPOINT_H_

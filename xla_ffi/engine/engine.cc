@@ -1,0 +1,232 @@
+#include "engine/engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace jaxfabric {
+namespace {
+
+// The worker looks at deadlines at least this often.
+constexpr int64_t kSleepMaxNs = 50'000'000;
+// What is under way when an Engine closes has failed by then and only finishes
+// copies; should one be stuck in the user's program, closing goes on.
+constexpr double kCloseWaitS = 10;
+
+}  // namespace
+
+Engine::Engine(EngineOptions options, std::unique_ptr<Transport> transport)
+    : options_(std::move(options)), transport_(std::move(transport)) {}
+
+StatusOr<std::unique_ptr<Engine>> Engine::Open(
+    EngineOptions options, std::unique_ptr<Transport> transport) {
+  std::unique_ptr<Engine> engine(
+      new Engine(std::move(options), std::move(transport)));
+  JF_RETURN_IF_ERROR(engine->OpenEndpoints());
+  engine->worker_ = std::thread([engine = engine.get()] { engine->Work(); });
+  return engine;
+}
+
+Status Engine::OpenEndpoints() {
+  for (uint32_t rank : options_.local_ranks) {
+    std::vector<std::unique_ptr<Domain>> domains;
+    for (uint32_t i = 0; i < options_.domains_per_rank; ++i) {
+      JF_ASSIGN_OR_RETURN(auto domain, transport_->OpenDomain());
+      domains.push_back(std::move(domain));
+    }
+    const EndpointOptions endpoint_options = {
+        .rank = rank,
+        .generation = options_.generation,
+        .heap = {.ranks = options_.ranks,
+                 .mailbox_bytes = options_.mailbox_bytes,
+                 .window_bytes = options_.window_bytes}};
+    JF_ASSIGN_OR_RETURN(
+        endpoints_[rank],
+        Endpoint::Open(endpoint_options, std::move(domains),
+                       [this](uint32_t peer, Status status) {
+                         OnLost(peer, std::move(status));
+                       }));
+  }
+  return OkStatus();
+}
+
+Engine::~Engine() {
+  Fail(Status(StatusCode::kFailedPrecondition,
+              "the Fabric '" + options_.name + "' was closed"),
+       /*tell_peers=*/false);
+  const Deadline deadline = Deadline::AfterSeconds(kCloseWaitS);
+  while (operations_under_way() > 0 && !deadline.Expired()) {
+    Doorbell& doorbell = transport_->doorbell();
+    doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
+  }
+  stop_.store(true, std::memory_order_release);
+  transport_->doorbell().Ring();
+  if (worker_.joinable()) worker_.join();
+  endpoints_.clear();  // before the transport that their Domains are of
+}
+
+Endpoint* Engine::endpoint(uint32_t rank) {
+  const auto found = endpoints_.find(rank);
+  return found == endpoints_.end() ? nullptr : found->second.get();
+}
+
+StatusOr<std::string> Engine::LocalAddress(uint32_t rank) const {
+  const auto found = endpoints_.find(rank);
+  if (found == endpoints_.end()) {
+    return Status(StatusCode::kNotFound,
+                  "rank " + std::to_string(rank) + " is not of this process");
+  }
+  return found->second->address().Encode();
+}
+
+Status Engine::Connect(uint32_t rank, const std::string& address,
+                       Deadline deadline) {
+  const std::string context = "connecting to rank " + std::to_string(rank);
+  auto decoded = RankAddress::Decode(address);
+  if (!decoded.ok()) return decoded.status().Annotate(context);
+  for (auto& [local_rank, endpoint] : endpoints_) {
+    if (local_rank == rank) continue;
+    const Status connected = endpoint->Connect(rank, *decoded, deadline);
+    if (!connected.ok()) return connected.Annotate(context);
+  }
+  return OkStatus();
+}
+
+StatusOr<uint64_t> Engine::AllocateWindow(uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const uint64_t offset = windows_used_;
+  if (bytes > options_.window_bytes - offset) {
+    return Status(
+        StatusCode::kResourceExhausted,
+        "a window of " + std::to_string(bytes) + " bytes does not fit the " +
+            std::to_string(options_.window_bytes - offset) +
+            " bytes left for windows; raise JAXFABRIC_WINDOW_BYTES on all "
+            "ranks");
+  }
+  windows_used_ = AlignUp(offset + bytes, kCacheLineBytes);
+  windows_used_ = std::min(windows_used_, options_.window_bytes);
+  return offset;
+}
+
+StatusOr<OperationPtr> Engine::Begin(std::string label, double timeout_s,
+                                     Operation::Done done) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_.ok()) return failure_.Annotate(label);
+  const uint64_t number = next_operation_++;
+  auto operation = std::make_shared<Operation>(
+      std::move(label), timeout_s > 0 ? timeout_s : options_.timeout_s,
+      [this, number, done = std::move(done)](Status status) {
+        {
+          std::lock_guard<std::mutex> erase_lock(mutex_);
+          operations_.erase(number);
+        }
+        done(std::move(status));
+      });
+  operations_[number] = operation;
+  return operation;
+}
+
+std::vector<OperationPtr> Engine::LiveOperations() const {
+  std::vector<OperationPtr> live;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [number, weak] : operations_) {
+    if (OperationPtr operation = weak.lock()) {
+      live.push_back(std::move(operation));
+    }
+  }
+  return live;
+}
+
+void Engine::Fail(Status status, bool tell_peers) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!failure_.ok()) return;
+    failure_ = status;
+  }
+  for (const OperationPtr& operation : LiveOperations()) {
+    operation->Fail(status.Annotate(operation->Describe()));
+  }
+  for (auto& [rank, endpoint] : endpoints_) {
+    if (tell_peers) endpoint->BroadcastAbort(status.message());
+    endpoint->DropWaiting();
+  }
+}
+
+Status Engine::failure() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return failure_;
+}
+
+std::vector<uint32_t> Engine::lost_ranks() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return lost_ranks_;
+}
+
+void Engine::OnLost(uint32_t peer, Status status) {
+  const bool told = status.code() == StatusCode::kAborted;
+  if (!told) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    lost_ranks_.push_back(peer);
+    status = status.Annotate("rank " + std::to_string(peer) + " is lost");
+  }
+  Fail(std::move(status), /*tell_peers=*/!told);
+}
+
+void Engine::FailExpired() {
+  for (const OperationPtr& operation : LiveOperations()) {
+    if (!operation->deadline().Expired() || operation->failed()) continue;
+    const std::string text =
+        operation->Describe() +
+        "; a slow step needs a larger timeout_s= or JAXFABRIC_TIMEOUT_S";
+    operation->Fail(Status(StatusCode::kDeadlineExceeded, text));
+    Fail(Status(StatusCode::kDeadlineExceeded, text), /*tell_peers=*/true);
+  }
+}
+
+Status Engine::Drain(Deadline deadline) {
+  for (auto& [rank, endpoint] : endpoints_) {
+    while (!endpoint->Drained()) {
+      if (!failure().ok()) return failure();
+      if (deadline.Expired()) {
+        return Status(StatusCode::kDeadlineExceeded,
+                      "drain: rank " + std::to_string(rank) +
+                          " still has writes on their way");
+      }
+      Doorbell& doorbell = transport_->doorbell();
+      doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
+    }
+  }
+  return OkStatus();
+}
+
+size_t Engine::operations_under_way() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return operations_.size();
+}
+
+void Engine::Work() {
+  pthread_setname_np(pthread_self(), "jaxfabric-work");
+  Doorbell& doorbell = transport_->doorbell();
+  int64_t last_moved_ns = MonotonicNanoseconds();
+  int64_t last_check_ns = last_moved_ns;
+  while (!stop_.load(std::memory_order_acquire)) {
+    const uint32_t seen = doorbell.Sequence();
+    bool moved = false;
+    for (auto& [rank, endpoint] : endpoints_) moved |= endpoint->Progress();
+    const int64_t now_ns = MonotonicNanoseconds();
+    if (now_ns - last_check_ns >= kSleepMaxNs) {
+      last_check_ns = now_ns;
+      FailExpired();
+    }
+    if (moved) {
+      last_moved_ns = now_ns;
+    } else if (now_ns - last_moved_ns < options_.spin_ns) {
+      CpuRelax();
+    } else {
+      doorbell.Wait(seen, Deadline::AfterNanoseconds(kSleepMaxNs));
+    }
+  }
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,88 @@
+#include "engine/imm_counter.h"
+
+#include <string>
+#include <utility>
+
+#include "engine/immediate.h"
+
+namespace jaxfabric {
+
+Status ImmCounterTable::Add(uint32_t id, uint64_t units,
+                            std::vector<std::function<void()>>* ready) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (counters_.size() >= kIdsMax && !counters_.contains(id)) {
+    return Status(StatusCode::kResourceExhausted,
+                  "more than " + std::to_string(kIdsMax) +
+                      " ids hold transfers that nobody waits for");
+  }
+  Counter& counter = counters_[id];
+  counter.units += units;
+  while (!counter.expectations.empty() &&
+         counter.units >= counter.expectations.front().units) {
+    Expectation& first = counter.expectations.front();
+    counter.units -= first.units;
+    id_by_handle_.erase(first.handle);
+    ready->push_back(std::move(first.callback));
+    counter.expectations.pop_front();
+  }
+  if (counter.units == 0 && counter.expectations.empty()) counters_.erase(id);
+  return OkStatus();
+}
+
+ImmCounterTable::Handle ImmCounterTable::Expect(
+    uint32_t id, uint64_t transfers, std::function<void()> callback) {
+  const uint64_t units = transfers * kTransferUnits;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (units == 0) return 0;
+  Counter& counter = counters_[id];
+  if (counter.expectations.empty() && counter.units >= units) {
+    counter.units -= units;
+    if (counter.units == 0) counters_.erase(id);
+    return 0;
+  }
+  const Handle handle = next_handle_++;
+  counter.expectations.push_back({handle, units, std::move(callback)});
+  id_by_handle_[handle] = id;
+  return handle;
+}
+
+bool ImmCounterTable::Cancel(Handle handle) {
+  std::function<void()> dropped;  // destroyed after the lock is released
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = id_by_handle_.find(handle);
+  if (found == id_by_handle_.end()) return false;
+  const auto counter = counters_.find(found->second);
+  std::list<Expectation>& expectations = counter->second.expectations;
+  for (auto it = expectations.begin(); it != expectations.end(); ++it) {
+    if (it->handle != handle) continue;
+    dropped = std::move(it->callback);
+    expectations.erase(it);
+    break;
+  }
+  if (counter->second.units == 0 && expectations.empty()) {
+    counters_.erase(counter);
+  }
+  id_by_handle_.erase(found);
+  return true;
+}
+
+std::vector<std::function<void()>> ImmCounterTable::TakeExpectations() {
+  std::vector<std::function<void()>> taken;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [id, counter] : counters_) {
+    for (Expectation& expectation : counter.expectations) {
+      taken.push_back(std::move(expectation.callback));
+    }
+    counter.expectations.clear();
+  }
+  id_by_handle_.clear();
+  return taken;
+}
+
+uint64_t ImmCounterTable::Transfers(uint32_t id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = counters_.find(id);
+  return found == counters_.end() ? 0 : found->second.units / kTransferUnits;
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,152 @@
+#include "handlers/call.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace jaxfabric {
+
+namespace ffi = xla::ffi;
+
+ffi::Error ToError(const Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()),
+                    "jaxfabric: " + status.message());
+}
+
+ffi::Future FailedFuture(const Status& status) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(ToError(status));
+  return future;
+}
+
+std::vector<uint32_t> Call::Others() const {
+  std::vector<uint32_t> others;
+  for (uint32_t rank : group.ranks) {
+    if (rank != endpoint->rank()) others.push_back(rank);
+  }
+  return others;
+}
+
+void Call::AdoptKey(MatchKey started) {
+  key = started;
+  operation->SetWaitingFor([endpoint = endpoint, started] {
+    return endpoint->DescribeMissing(started);
+  });
+}
+
+Outgoing Call::Message(uint32_t destination) const {
+  Outgoing outgoing;
+  outgoing.destination = destination;
+  outgoing.key = key;
+  outgoing.run_id = run_id;
+  outgoing.label = operation->label();
+  outgoing.operation = operation;
+  return outgoing;
+}
+
+void Call::Await(
+    std::vector<uint32_t> sources,
+    std::function<Status(const std::vector<Arrival>&)> finish) && {
+  auto ready = [operation = operation, endpoint = endpoint,
+                finish = std::move(finish)](
+                   const std::vector<Arrival>& arrivals) {
+    const Status finished = finish(arrivals);
+    for (const Arrival& arrival : arrivals) endpoint->Release(arrival);
+    if (!finished.ok()) {
+      operation->Fail(finished.Annotate(operation->label()));
+    }
+  };
+  // What has come already saves the way through the worker and the pool.
+  endpoint->Progress();
+  std::vector<Arrival> arrivals;
+  const bool all_here = endpoint->Expect(
+      key, std::move(sources), operation,
+      [ready](std::vector<Arrival> late) { ready(late); }, &arrivals);
+  if (all_here) ready(arrivals);
+}
+
+namespace {
+
+StatusOr<Call> Resolve(int32_t device, ffi::RunId run_id,
+                       const CallAttributes& attributes) {
+  Call call;
+  JF_ASSIGN_OR_RETURN(call.fabric,
+                      FabricRegistry::Get().Find(attributes.fabric));
+  const auto rank = call.fabric->rank_by_device.find(device);
+  if (rank == call.fabric->rank_by_device.end()) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "device " + std::to_string(device) +
+                      " is not in the mesh of the Fabric '" +
+                      call.fabric->name + "'");
+  }
+  call.endpoint = call.fabric->engine->endpoint(rank->second);
+  JF_ASSIGN_OR_RETURN(
+      call.group,
+      GroupOf(call.fabric->mesh_shape,
+              {attributes.axes.begin(), attributes.axes.size()},
+              rank->second));
+  call.run_id = run_id.run_id;
+  return call;
+}
+
+double TimeLeft(const Engine& engine, const CallAttributes& attributes) {
+  const double whole_s = attributes.timeout_s > 0 ? attributes.timeout_s
+                                                  : engine.options().timeout_s;
+  if (attributes.begun_ns == 0) return whole_s;
+  constexpr double kLeastS = 1e-3;  // what has come already is still taken
+  const auto elapsed_ns = MonotonicNanoseconds() - attributes.begun_ns;
+  return std::max(kLeastS, whole_s - static_cast<double>(elapsed_ns) * 1e-9);
+}
+
+}  // namespace
+
+ffi::Future RunCall(int32_t device, ffi::RunId run_id,
+                    const CallAttributes& attributes,
+                    const std::function<Status(Call)>& start) {
+  const std::string label(attributes.label);
+  auto resolved = Resolve(device, run_id, attributes);
+  if (!resolved.ok()) {
+    return FailedFuture(resolved.status().Annotate(label));
+  }
+  Call call = *std::move(resolved);
+  const auto channel = static_cast<uint64_t>(attributes.channel);
+  if (!call.endpoint->EnterChannel(channel)) {
+    return FailedFuture(Status(
+        StatusCode::kFailedPrecondition,
+        label + ": two executions of this call are under way on one device "
+                "and nothing orders them, so that peers cannot tell them "
+                "apart; thread a token through them (token=), or give them "
+                "different key="));
+  }
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  // The Fabric is kept until the end: closing it waits for operations.
+  auto begun = call.fabric->engine->Begin(
+      label, TimeLeft(*call.fabric->engine, attributes),
+      [promise, fabric = call.fabric, endpoint = call.endpoint,
+       channel](const Status& status) mutable {
+        endpoint->LeaveChannel(channel);
+        fabric.reset();
+        if (status.ok()) {
+          promise.SetAvailable();
+        } else {
+          promise.SetError(ToError(status));
+        }
+      });
+  if (!begun.ok()) {
+    call.endpoint->LeaveChannel(channel);
+    return FailedFuture(begun.status());
+  }
+  call.operation = *std::move(begun);
+  call.key = {channel, call.endpoint->NextSequence(channel)};
+  call.AdoptKey(call.key);
+  OperationPtr operation = call.operation;
+  const Status started = start(std::move(call));
+  if (!started.ok()) operation->Fail(started.Annotate(label));
+  const Operation::CompleteHere here;
+  operation.reset();
+  return future;
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,280 @@
+// put, scatter, wait, barrier, exchange.
+
+#include <cstring>
+
+#include "engine/immediate.h"
+#include "handlers/call.h"
+#include "handlers/handlers.h"
+
+namespace jaxfabric {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr uint32_t kUserIdBits = 8;
+
+uint32_t WindowSlot(int64_t window, int64_t id) {
+  return static_cast<uint32_t>(window << kUserIdBits | id);
+}
+
+StatusOr<Window> FindWindow(const Fabric& fabric, int64_t index) {
+  std::lock_guard<std::mutex> lock(fabric.mutex);
+  if (index < 0 || index >= static_cast<int64_t>(fabric.windows.size())) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "the Fabric '" + fabric.name + "' has no window " +
+                      std::to_string(index) +
+                      "; make it again after the Fabric was opened again");
+  }
+  return fabric.windows[static_cast<size_t>(index)];
+}
+
+void PassToken(ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out) {
+  std::memcpy(out->untyped_data(), in.untyped_data(), in.size_bytes());
+}
+
+// Where one contiguous part of `x` goes.
+struct Target {
+  int64_t position;  // on the axis; negative: nowhere
+  int64_t offset;    // in elements of the window
+  const std::byte* source;
+  uint64_t bytes;
+};
+
+Status PutOne(const Call& call, const Window& window, const Target& target,
+              uint64_t item_bytes, uint32_t slot) {
+  if (target.position < 0) return OkStatus();
+  if (target.position >= static_cast<int64_t>(call.group.ranks.size())) {
+    return Status(StatusCode::kOutOfRange,
+                  "dst=" + std::to_string(target.position) +
+                      " on an axis of size " +
+                      std::to_string(call.group.ranks.size()));
+  }
+  const uint64_t items = window.bytes / item_bytes;
+  const uint64_t count = target.bytes / item_bytes;
+  if (target.offset < 0 || count > items ||
+      static_cast<uint64_t>(target.offset) > items - count) {
+    return Status(StatusCode::kOutOfRange,
+                  "offset=" + std::to_string(target.offset) + " and " +
+                      std::to_string(count) + " elements do not fit a window "
+                      "of " + std::to_string(items) + " elements");
+  }
+  call.endpoint->Put(
+      call.group.ranks[static_cast<size_t>(target.position)],
+      window.offset + static_cast<uint64_t>(target.offset) * item_bytes,
+      target.source, target.bytes, slot, call.operation);
+  return OkStatus();
+}
+
+uint64_t ItemBytes(const ffi::AnyBuffer& x) {
+  return ffi::ByteWidth(x.element_type());
+}
+
+ffi::Future Put(int32_t device, ffi::RunId run_id, int64_t fabric,
+                int64_t channel, std::string_view label, double timeout_s,
+                ffi::Span<const int64_t> axes, int64_t window_index, int64_t id,
+                ffi::AnyBuffer x, ffi::Buffer<ffi::S32> dst,
+                ffi::Buffer<ffi::S32> offset, ffi::AnyBuffer token,
+                ffi::Result<ffi::AnyBuffer> token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(const Window window,
+                            FindWindow(*call.fabric, window_index));
+        return PutOne(call, window,
+                      {dst.typed_data()[0], offset.typed_data()[0],
+                       static_cast<const std::byte*>(x.untyped_data()),
+                       x.size_bytes()},
+                      ItemBytes(x), WindowSlot(window_index, id));
+      });
+}
+
+ffi::Future Scatter(int32_t device, ffi::RunId run_id, int64_t fabric,
+                    int64_t channel, std::string_view label, double timeout_s,
+                    ffi::Span<const int64_t> axes, int64_t window_index,
+                    int64_t id, ffi::AnyBuffer x,
+                    ffi::Buffer<ffi::S32> offsets, ffi::AnyBuffer token,
+                    ffi::Result<ffi::AnyBuffer> token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(const Window window,
+                            FindWindow(*call.fabric, window_index));
+        const size_t peers = call.group.ranks.size();
+        const uint64_t slice_bytes = x.size_bytes() / peers;
+        const auto* data = static_cast<const std::byte*>(x.untyped_data());
+        for (size_t i = 0; i < peers; ++i) {
+          const int64_t at = offsets.typed_data()[i];
+          const Target target = {at < 0 ? -1 : static_cast<int64_t>(i), at,
+                                 data + i * slice_bytes, slice_bytes};
+          JF_RETURN_IF_ERROR(PutOne(call, window, target, ItemBytes(x),
+                                    WindowSlot(window_index, id)));
+        }
+        return OkStatus();
+      });
+}
+
+ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
+                 int64_t channel, std::string_view label, double timeout_s,
+                 ffi::Span<const int64_t> axes, int64_t window_index,
+                 int64_t id, int64_t count, ffi::AnyBuffer token,
+                 ffi::Result<ffi::AnyBuffer> out,
+                 ffi::Result<ffi::AnyBuffer> token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(const Window window,
+                            FindWindow(*call.fabric, window_index));
+        if (out->size_bytes() != window.bytes) {
+          return Status(StatusCode::kFailedPrecondition,
+                        "the program reads a window of " +
+                            std::to_string(out->size_bytes()) +
+                            " bytes; this Fabric's has " +
+                            std::to_string(window.bytes));
+        }
+        const uint32_t slot = WindowSlot(window_index, id);
+        Endpoint* const endpoint = call.endpoint;
+        call.operation->SetWaitingFor([endpoint, slot, count] {
+          return std::to_string(count) + " transfers into the window, of which " +
+                 std::to_string(
+                     endpoint->window_counters().Transfers(slot)) +
+                 " have come";
+        });
+        auto copy_out = [source = endpoint->heap() +
+                                  endpoint->heap_layout().Windows() +
+                                  window.offset,
+                         bytes = window.bytes, target = out->untyped_data()] {
+          std::memcpy(target, source, bytes);
+        };
+        endpoint->Progress();
+        const auto waiting = endpoint->window_counters().Expect(
+            slot, static_cast<uint64_t>(count),
+            [copy_out, operation = call.operation] { copy_out(); });
+        if (waiting == 0) copy_out();
+        return OkStatus();
+      });
+}
+
+ffi::Future Barrier(int32_t device, ffi::RunId run_id, int64_t fabric,
+                    int64_t channel, std::string_view label, double timeout_s,
+                    ffi::Span<const int64_t> axes, ffi::AnyBuffer token,
+                    ffi::Result<ffi::AnyBuffer> token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        for (uint32_t peer : call.Others()) {
+          Outgoing message = call.Message(peer);
+          message.pack = [](std::byte*) {};
+          call.endpoint->Send(std::move(message));
+        }
+        std::vector<uint32_t> others = call.Others();
+        std::move(call).Await(std::move(others),
+                              [](const std::vector<Arrival>&) {
+                                return OkStatus();
+                              });
+        return OkStatus();
+      });
+}
+
+Status CopyExchanged(const std::vector<Arrival>& arrivals, std::byte* target,
+                     uint64_t bytes) {
+  const Arrival& arrival = arrivals[0];
+  if (arrival.length != bytes) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "rank " + std::to_string(arrival.source) + " sent " +
+                      std::to_string(arrival.length) + " bytes where " +
+                      std::to_string(bytes) +
+                      " were expected; the program differs between ranks");
+  }
+  std::memcpy(target, arrival.data, bytes);
+  return OkStatus();
+}
+
+// `pairs` is source, destination, source, destination, ... as axis positions.
+ffi::Future Exchange(int32_t device, ffi::RunId run_id, int64_t fabric,
+                     int64_t channel, std::string_view label, double timeout_s,
+                     ffi::Span<const int64_t> axes,
+                     ffi::Span<const int64_t> pairs, ffi::AnyBuffer x,
+                     ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> y,
+                     ffi::Result<ffi::AnyBuffer> token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        const auto* source = static_cast<const std::byte*>(x.untyped_data());
+        auto* target = static_cast<std::byte*>(y->untyped_data());
+        const uint64_t bytes = x.size_bytes();
+        const int64_t me = call.group.position;
+        int64_t from = -1;
+        for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
+          if (pairs[i + 1] == me) from = pairs[i];
+          if (pairs[i] != me || pairs[i + 1] == me) continue;
+          Outgoing message =
+              call.Message(call.group.ranks[static_cast<size_t>(pairs[i + 1])]);
+          message.bytes = bytes;
+          message.pack = [source, bytes](std::byte* out) {
+            std::memcpy(out, source, bytes);
+          };
+          call.endpoint->Send(std::move(message));
+        }
+        if (from == me) {
+          std::memcpy(target, source, bytes);
+        } else if (from < 0) {
+          std::memset(target, 0, bytes);
+        } else {
+          std::vector<uint32_t> sources = {
+              call.group.ranks[static_cast<size_t>(from)]};
+          std::move(call).Await(
+              std::move(sources),
+              [target, bytes](const std::vector<Arrival>& arrivals) {
+                return CopyExchanged(arrivals, target, bytes);
+              });
+        }
+        return OkStatus();
+      });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricPut, Put,
+                              BindCall()
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("id")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricScatter, Scatter,
+                              BindCall()
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("id")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricWait, Wait,
+                              BindCall()
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("id")
+                                  .Attr<int64_t>("count")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricBarrier, Barrier,
+                              BindCall()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricExchange, Exchange,
+    BindCall()
+        .Attr<ffi::Span<const int64_t>>("pairs")
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Ret<ffi::AnyBuffer>()
+        .Ret<ffi::AnyBuffer>());
+
+}  // namespace jaxfabric

@@ -1,0 +1,255 @@
+// Dispatch with routes: whole, and in two halves.
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "handlers/call.h"
+#include "handlers/handlers.h"
+#include "handlers/moe_layout.h"
+#include "handlers/pending.h"
+#include "moe/message.h"
+#include "moe/place.h"
+#include "moe/send_lists.h"
+#include "moe/unpack.h"
+
+namespace jaxfabric {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// This rank's part of a dispatch; shared by what is still to be done of it.
+struct Route {
+  moe::Layout layout;
+  moe::SendLists lists;
+  std::span<const float> weights;
+  const std::byte* x;
+};
+
+// The program's result buffers.
+struct RouteResults {
+  std::byte* tokens;
+  moe::PlaceOutputs place;
+  std::span<int32_t> sent;
+  int32_t* dropped;
+};
+
+StatusOr<std::shared_ptr<const Route>> PlanRoute(
+    const Call& call, const MoeAttributes& attributes, const ffi::AnyBuffer& x,
+    const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights) {
+  auto route = std::make_shared<Route>();
+  JF_ASSIGN_OR_RETURN(
+      route->layout, LayoutOf(attributes, call.group.ranks.size(), x, ids));
+  JF_ASSIGN_OR_RETURN(
+      route->lists,
+      moe::BuildSendLists(route->layout, SpanOf<const int32_t>(ids)));
+  route->weights = SpanOf<const float>(weights);
+  route->x = static_cast<const std::byte*>(x.untyped_data());
+  return std::shared_ptr<const Route>(std::move(route));
+}
+
+void SendRoutes(const Call& call, const std::shared_ptr<const Route>& route) {
+  const size_t ranks = call.group.ranks.size();
+  for (size_t i = 1; i < ranks; ++i) {
+    // Each rank begins with its successor, so that not all write to one.
+    const size_t position = (call.group.position + i) % ranks;
+    const auto destination = static_cast<int32_t>(position);
+    Outgoing message = call.Message(call.group.ranks[position]);
+    message.bytes =
+        moe::RouteMessageBytes(route->layout, route->lists, destination);
+    message.pack = [route, destination](std::byte* out) {
+      moe::PackRouteMessage(route->layout, route->lists, destination,
+                            route->weights, route->x, out);
+    };
+    call.endpoint->Send(std::move(message));
+  }
+}
+
+Status Unpack(const Route& route, uint32_t position, RouteResults results,
+              const std::vector<Arrival>& arrivals) {
+  const moe::Layout& layout = route.layout;
+  std::vector<moe::RouteView> views;
+  size_t next = 0;
+  for (int32_t source = 0; source < layout.num_ranks; ++source) {
+    results.sent[static_cast<size_t>(source)] = route.lists.RowCount(source);
+    if (static_cast<uint32_t>(source) == position) {
+      views.push_back(moe::DirectRouteView(layout, route.lists, source,
+                                           route.weights, route.x));
+      continue;
+    }
+    const Arrival& arrival = arrivals[next++];
+    auto view =
+        moe::ParseRouteMessage(layout, {arrival.data, arrival.length});
+    if (!view.ok()) {
+      return view.status().Annotate("from rank " +
+                                    std::to_string(arrival.source));
+    }
+    views.push_back(*std::move(view));
+  }
+  const moe::Placement placement = moe::Place(layout, views, results.place);
+  *results.dropped = placement.dropped;
+  for (int32_t source = 0; source < layout.num_ranks; ++source) {
+    const moe::RouteView& view = views[static_cast<size_t>(source)];
+    moe::UnpackRows(layout, placement.plan, source, view.rows,
+                    {0, view.row_count()}, results.tokens);
+  }
+  moe::ZeroUnwrittenRows(layout, placement.plan, results.tokens);
+  return OkStatus();
+}
+
+void ReceiveRoutes(Call call, std::shared_ptr<const Route> route,
+                   RouteResults results) {
+  const uint32_t position = call.group.position;
+  std::vector<uint32_t> others = call.Others();
+  std::move(call).Await(
+      std::move(others), [route = std::move(route), position,
+                          results](const std::vector<Arrival>& arrivals) {
+        return Unpack(*route, position, results, arrivals);
+      });
+}
+
+using Buffer = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+RouteResults ResultsOf(Result& tokens, Result& group_sizes, Result& row_weights,
+                       Result& row_index, Result& recv_count, Result& slot_row,
+                       Result& sent, Result& dropped) {
+  return {.tokens = static_cast<std::byte*>(tokens->untyped_data()),
+          .place = {.group_sizes = SpanOf<int32_t>(*group_sizes),
+                    .slot_row = SpanOf<int32_t>(*slot_row),
+                    .recv_count = SpanOf<int32_t>(*recv_count),
+                    .weights = SpanOf<float>(*row_weights),
+                    .row_index = SpanOf<int32_t>(*row_index)},
+          .sent = SpanOf<int32_t>(*sent),
+          .dropped = static_cast<int32_t*>(dropped->untyped_data())};
+}
+
+void PassToken(Buffer token, Result token_out) {
+  std::memcpy(token_out->untyped_data(), token.untyped_data(),
+              token.size_bytes());
+}
+
+ffi::Future RouteWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
+                       int64_t channel, std::string_view label,
+                       double timeout_s, ffi::Span<const int64_t> axes,
+                       int64_t num_experts, int64_t capacity,
+                       int64_t expert_alignment, bool expand, bool zero_tail,
+                       Buffer x, Buffer ids, Buffer weights, Buffer token,
+                       Result tokens, Result group_sizes, Result row_weights,
+                       Result row_index, Result recv_count, Result slot_row,
+                       Result sent, Result dropped, Result token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(
+            auto route, PlanRoute(call,
+                                  {num_experts, capacity, expert_alignment,
+                                   expand, zero_tail},
+                                  x, ids, weights));
+        SendRoutes(call, route);
+        ReceiveRoutes(std::move(call), std::move(route),
+                      ResultsOf(tokens, group_sizes, row_weights, row_index,
+                                recv_count, slot_row, sent, dropped));
+        return OkStatus();
+      });
+}
+
+ffi::Future RouteStart(int32_t device, ffi::RunId run_id, int64_t fabric,
+                       int64_t channel, std::string_view label,
+                       double timeout_s, ffi::Span<const int64_t> axes,
+                       int64_t num_experts, int64_t capacity,
+                       int64_t expert_alignment, bool expand, bool zero_tail,
+                       Buffer x, Buffer ids, Buffer weights, Buffer token,
+                       Result pending, Result token_out) {
+  return RunCall(
+      device, run_id, {fabric, channel, label, timeout_s, axes},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        StorePending({call.key, MonotonicNanoseconds()},
+                     pending->untyped_data());
+        JF_ASSIGN_OR_RETURN(
+            auto route, PlanRoute(call,
+                                  {num_experts, capacity, expert_alignment,
+                                   expand, zero_tail},
+                                  x, ids, weights));
+        SendRoutes(call, route);
+        return OkStatus();
+      });
+}
+
+ffi::Future RouteDone(int32_t device, ffi::RunId run_id, int64_t fabric,
+                      int64_t channel, std::string_view label, double timeout_s,
+                      ffi::Span<const int64_t> axes, int64_t num_experts,
+                      int64_t capacity, int64_t expert_alignment, bool expand,
+                      bool zero_tail, Buffer pending, Buffer x, Buffer ids,
+                      Buffer weights, Buffer token, Result tokens,
+                      Result group_sizes, Result row_weights, Result row_index,
+                      Result recv_count, Result slot_row, Result sent,
+                      Result dropped, Result token_out) {
+  const Pending started = LoadPending(pending.untyped_data());
+  return RunCall(
+      device, run_id,
+      {fabric, channel, label, timeout_s, axes, started.begun_ns},
+      [&](Call call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(
+            auto route, PlanRoute(call,
+                                  {num_experts, capacity, expert_alignment,
+                                   expand, zero_tail},
+                                  x, ids, weights));
+        call.AdoptKey(started.key);
+        ReceiveRoutes(std::move(call), std::move(route),
+                      ResultsOf(tokens, group_sizes, row_weights, row_index,
+                                recv_count, slot_row, sent, dropped));
+        return OkStatus();
+      });
+}
+
+auto BindRoute() {
+  return BindCall()
+      .Attr<int64_t>("num_experts")
+      .Attr<int64_t>("capacity")
+      .Attr<int64_t>("expert_alignment")
+      .Attr<bool>("expand")
+      .Attr<bool>("zero_tail");
+}
+
+// x, ids, weights, token
+template <typename Binding>
+auto BindOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>();
+}
+
+// tokens, group_sizes, weights, row_index, recv_count, slot_row, sent, dropped,
+// token
+template <typename Binding>
+auto BindResults(Binding binding) {
+  return std::move(binding)
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricRoute, RouteWhole,
+                              BindResults(BindOperands(BindRoute())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricRouteStart, RouteStart,
+    BindOperands(BindRoute()).Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricRouteDone, RouteDone,
+    BindResults(BindOperands(BindRoute().Arg<Buffer>())));
+
+}  // namespace jaxfabric

@@ -1,0 +1,227 @@
+#include "python/fabric_py.h"
+
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <exception>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "base/elastic_pool.h"
+#include "engine/engine.h"
+#include "handlers/fabric_registry.h"
+#include "transport/fake.h"
+#include "transport/shm.h"
+
+namespace nb = nanobind;
+
+namespace jaxfabric {
+namespace {
+
+// Becomes _native.StatusError; jaxfabric/_errors.py turns it into the
+// documented exceptions by the code in front of the text.
+class StatusError : public std::exception {
+ public:
+  explicit StatusError(const Status& status)
+      : text_(std::to_string(static_cast<int>(status.code())) + " " +
+              status.message()) {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
+
+void Check(const Status& status) {
+  if (!status.ok()) throw StatusError(status);
+}
+
+template <typename T>
+T Value(StatusOr<T> result) {
+  Check(result.status());
+  return *std::move(result);
+}
+
+StatusOr<std::unique_ptr<Transport>> OpenTransport(
+    const std::string& kind, const std::string& secret,
+    const std::map<std::string, double>& chaos, const std::string& network) {
+  if (kind == "shm") return OpenShmTransport({.job_secret = secret});
+  FakeOptions fake;
+  fake.network = network;
+  fake.job_secret = secret;
+  const auto number = [&](const char* name, double otherwise) {
+    const auto found = chaos.find(name);
+    return found == chaos.end() ? otherwise : found->second;
+  };
+  fake.seed = static_cast<uint64_t>(number("seed", 0));
+  fake.pieces_max = static_cast<uint32_t>(number("pieces_max", 4));
+  fake.delay_max_ns = static_cast<int64_t>(number("delay_max_s", 0) * 1e9);
+  fake.again_share = number("again_share", 0);
+  return OpenFakeTransport(fake);
+}
+
+class NativeFabric {
+ public:
+  NativeFabric(const std::string& name, std::vector<int64_t> mesh_shape,
+               const std::vector<std::pair<int64_t, uint32_t>>& local,
+               uint32_t generation, const std::string& transport,
+               const nb::bytes& secret, double timeout_s,
+               uint64_t mailbox_bytes, uint64_t window_bytes, double spin_s,
+               const std::map<std::string, double>& chaos,
+               const std::string& network)
+      : fabric_(std::make_shared<Fabric>()) {
+    EngineOptions options;
+    options.name = name;
+    options.ranks = 1;
+    for (int64_t size : mesh_shape) {
+      options.ranks *= static_cast<uint32_t>(size);
+    }
+    for (const auto& [device, rank] : local) {
+      options.local_ranks.push_back(rank);
+      fabric_->rank_by_device[device] = rank;
+    }
+    options.generation = generation;
+    options.timeout_s = timeout_s;
+    options.mailbox_bytes = mailbox_bytes;
+    options.window_bytes = window_bytes;
+    options.spin_ns = static_cast<int64_t>(spin_s * 1e9);
+    fabric_->name = name;
+    fabric_->mesh_shape = std::move(mesh_shape);
+    const std::string secret_bytes(secret.c_str(), secret.size());
+    nb::gil_scoped_release release;
+    fabric_->engine = Value(
+        Engine::Open(std::move(options),
+                     Value(OpenTransport(transport, secret_bytes, chaos,
+                                         network))));
+  }
+
+  ~NativeFabric() { Close(); }
+
+  nb::bytes Address(uint32_t rank) const {
+    const std::string bytes = Value(engine().LocalAddress(rank));
+    return nb::bytes(bytes.data(), bytes.size());
+  }
+
+  void Connect(uint32_t rank, const nb::bytes& address, double timeout_s) {
+    const std::string bytes(address.c_str(), address.size());
+    nb::gil_scoped_release release;
+    Check(engine().Connect(rank, bytes, Deadline::AfterSeconds(timeout_s)));
+  }
+
+  void Publish(int64_t key) {
+    Check(FabricRegistry::Get().Add(key, fabric_));
+    key_ = key;
+  }
+
+  std::pair<size_t, uint64_t> AllocateWindow(uint64_t bytes) {
+    const uint64_t offset = Value(engine().AllocateWindow(bytes));
+    std::lock_guard<std::mutex> lock(fabric_->mutex);
+    fabric_->windows.push_back({offset, bytes});
+    return {fabric_->windows.size() - 1, offset};
+  }
+
+  // (code, text, lost ranks), or None.
+  std::optional<std::tuple<int, std::string, std::vector<uint32_t>>> Failure()
+      const {
+    if (fabric_ == nullptr) return std::nullopt;
+    const Status status = engine().failure();
+    if (status.ok()) return std::nullopt;
+    return std::tuple(static_cast<int>(status.code()), status.message(),
+                      engine().lost_ranks());
+  }
+
+  void Drain(double timeout_s) {
+    nb::gil_scoped_release release;
+    Check(engine().Drain(Deadline::AfterSeconds(timeout_s)));
+  }
+
+  nb::dict Stats() const {
+    nb::dict by_rank;
+    for (uint32_t rank : engine().options().local_ranks) {
+      nb::dict by_peer;
+      const auto stats = fabric_->engine->endpoint(rank)->stats();
+      for (const auto& [peer, of_peer] : stats) {
+        nb::dict row;
+        row["messages_sent"] = of_peer.messages_sent;
+        row["message_bytes_sent"] = of_peer.message_bytes_sent;
+        row["messages_received"] = of_peer.messages_received;
+        row["message_bytes_received"] = of_peer.message_bytes_received;
+        row["puts"] = of_peer.puts;
+        row["put_bytes"] = of_peer.put_bytes;
+        row["control_messages"] = of_peer.control_messages;
+        row["stale_dropped"] = of_peer.stale_dropped;
+        by_peer[nb::int_(peer)] = row;
+      }
+      by_rank[nb::int_(rank)] = by_peer;
+    }
+    return by_rank;
+  }
+
+  size_t OperationsUnderWay() const { return engine().operations_under_way(); }
+
+  // What is under way fails with "closed". Returns once it let go of its
+  // buffers, or after a bounded time.
+  void Close() {
+    if (fabric_ == nullptr) return;
+    nb::gil_scoped_release release;
+    if (key_) FabricRegistry::Get().Remove(*key_);
+    (void)engine().Drain(Deadline::AfterSeconds(kCloseDrainS));
+    engine().Fail(Status(StatusCode::kFailedPrecondition,
+                         "the Fabric '" + fabric_->name + "' was closed"),
+                  /*tell_peers=*/false);
+    fabric_.reset();
+  }
+
+ private:
+  static constexpr double kCloseDrainS = 5;
+
+  Engine& engine() const {
+    if (fabric_ == nullptr) {
+      throw StatusError(
+          Status(StatusCode::kFailedPrecondition, "the Fabric is closed"));
+    }
+    return *fabric_->engine;
+  }
+
+  std::shared_ptr<Fabric> fabric_;
+  std::optional<int64_t> key_;
+};
+
+}  // namespace
+
+void RegisterFabric(nb::module_& m) {
+  nb::exception<StatusError>(m, "StatusError");
+  m.def("pool_threads", [] { return ElasticPool::Get().ThreadCount(); });
+  nb::class_<NativeFabric>(m, "NativeFabric")
+      .def(nb::init<const std::string&, std::vector<int64_t>,
+                    const std::vector<std::pair<int64_t, uint32_t>>&, uint32_t,
+                    const std::string&, const nb::bytes&, double, uint64_t,
+                    uint64_t, double, const std::map<std::string, double>&,
+                    const std::string&>(),
+           nb::arg("name"), nb::arg("mesh_shape"), nb::arg("local"),
+           nb::arg("generation"), nb::arg("transport"), nb::arg("secret"),
+           nb::arg("timeout_s"), nb::arg("mailbox_bytes"),
+           nb::arg("window_bytes"), nb::arg("spin_s"), nb::arg("chaos"),
+           nb::arg("network"))
+      .def("address", &NativeFabric::Address)
+      .def("connect", &NativeFabric::Connect)
+      .def("publish", &NativeFabric::Publish)
+      .def("allocate_window", &NativeFabric::AllocateWindow)
+      .def("failure", &NativeFabric::Failure)
+      .def("drain", &NativeFabric::Drain)
+      .def("stats", &NativeFabric::Stats)
+      .def("operations_under_way", &NativeFabric::OperationsUnderWay)
+      .def("close", &NativeFabric::Close);
+}
+
+}  // namespace jaxfabric

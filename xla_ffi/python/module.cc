@@ -1,0 +1,46 @@
+// _native: the extension module. The only place that knows Python.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "handlers/handlers.h"
+#include "python/fabric_py.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <typename Handler>
+nb::capsule Target(Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+nb::dict Targets() {
+  nb::dict targets;
+  targets["jaxfabric_put"] = Target(&jaxfabric::JaxfabricPut);
+  targets["jaxfabric_scatter"] = Target(&jaxfabric::JaxfabricScatter);
+  targets["jaxfabric_wait"] = Target(&jaxfabric::JaxfabricWait);
+  targets["jaxfabric_barrier"] = Target(&jaxfabric::JaxfabricBarrier);
+  targets["jaxfabric_exchange"] = Target(&jaxfabric::JaxfabricExchange);
+  targets["jaxfabric_route"] = Target(&jaxfabric::JaxfabricRoute);
+  targets["jaxfabric_route_start"] = Target(&jaxfabric::JaxfabricRouteStart);
+  targets["jaxfabric_route_done"] = Target(&jaxfabric::JaxfabricRouteDone);
+  targets["jaxfabric_replay"] = Target(&jaxfabric::JaxfabricReplay);
+  targets["jaxfabric_reduce"] = Target(&jaxfabric::JaxfabricReduce);
+  targets["jaxfabric_reduce_start"] = Target(&jaxfabric::JaxfabricReduceStart);
+  targets["jaxfabric_reduce_done"] = Target(&jaxfabric::JaxfabricReduceDone);
+  return targets;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("ffi_api_version", [] {
+    return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  });
+  m.def("targets", &Targets);
+  jaxfabric::RegisterFabric(m);
+}

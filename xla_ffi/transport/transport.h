@@ -1,0 +1,162 @@
+// Domain: one NIC port opened by one rank, and the whole contract of a
+// transport.
+//
+// Delivery is reliable and unordered. There is no order between two writes, nor
+// between the bytes of one write; the only promise is "this immediate arrived,
+// so all bytes of that write are here". Both sides make progress by polling.
+//
+// A Domain is not thread-safe: its owner serialises every call, except
+// DirectPointer, whose result may be used by any thread. No call blocks, except
+// AddPeer and the first use of a memory key, which take a deadline.
+//
+// An implementation is done when tests/cpp/transport_conformance passes on it.
+
+#ifndef JAXFABRIC_TRANSPORT_TRANSPORT_H_
+#define JAXFABRIC_TRANSPORT_TRANSPORT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "base/deadline.h"
+#include "base/doorbell.h"
+#include "base/status.h"
+
+namespace jaxfabric {
+
+// Names a Domain. Opaque to everything but its transport; travels to peers by
+// any means, and is checked when it comes back.
+struct NetAddr {
+  std::string bytes;
+  bool operator==(const NetAddr&) const = default;
+};
+
+// A peer as one Domain knows it; small and dense, never reused.
+using PeerId = uint32_t;
+inline constexpr PeerId kUnknownPeer = ~PeerId{0};
+
+// Memory to be registered. `fd` is the memfd that is mapped at `base` from its
+// start, which the shm transport needs; -1 where there is none.
+struct MemoryRegion {
+  std::byte* base = nullptr;
+  uint64_t length = 0;
+  int fd = -1;
+};
+
+// Registered memory of this rank, as the source of a write.
+struct LocalSpan {
+  const std::byte* data = nullptr;
+  uint64_t key = 0;
+};
+
+// Registered memory of a peer: an offset into the region that `key` names.
+// A transport that addresses by virtual address adds `base` itself.
+struct RemoteSpan {
+  uint64_t key = 0;
+  uint64_t base = 0;
+  uint64_t offset = 0;
+};
+
+enum class AddressMode { kOffset, kVirtualAddress };
+
+// All of it is read from the device, none is assumed.
+struct DomainCaps {
+  const char* transport = "";
+  uint64_t write_bytes_max = 0;
+  uint32_t message_bytes_max = 0;
+  // Writes and messages that may be posted and not yet completed.
+  uint32_t queue_depth = 0;
+  AddressMode address_mode = AddressMode::kOffset;
+  // The target must AddPeer the initiator before its first write.
+  bool target_must_know_initiator = false;
+  // Each immediate consumes a posted receive (EFA).
+  bool immediate_consumes_receive = false;
+  // DirectPointer works: peers' memory can be stored to by the processor.
+  bool direct_store = false;
+};
+
+// kAgain is back-pressure: nothing was posted; poll, then try again.
+enum class Posted { kPosted, kAgain };
+
+// Each posted cookie comes back exactly once: in kWriteDone, kSendDone or
+// kError. `peer` of what arrives is kUnknownPeer where this Domain has not
+// added the sender. kPeerLost is the last completion that names its peer.
+struct Completion {
+  enum class Kind {
+    kWriteDone,  // `cookie`: the source bytes may be reused
+    kSendDone,   // `cookie`
+    kImmediate,  // `immediate` arrived from `peer`, and all bytes of its write
+    kMessage,    // `message` arrived from `peer`
+    kError,      // the post that `cookie` names failed; see `status`
+    kPeerLost,   // nothing will come from or reach `peer` again; see `status`
+  };
+  Kind kind = Kind::kError;
+  PeerId peer = kUnknownPeer;
+  uint64_t cookie = 0;
+  uint32_t immediate = 0;
+  std::string message;
+  Status status;
+};
+
+class Domain {
+ public:
+  virtual ~Domain() = default;
+
+  virtual const DomainCaps& caps() const = 0;
+  virtual const NetAddr& address() const = 0;
+
+  // Makes `region` a target of peers' writes; returns its key. The memory must
+  // stay until UnregisterMemory has returned.
+  virtual StatusOr<uint64_t> RegisterMemory(const MemoryRegion& region) = 0;
+  virtual Status UnregisterMemory(uint64_t key) = 0;
+
+  // Connects to the Domain that `address` names; the same address gives the
+  // same PeerId. Fails with a sentence on a malformed, stale or foreign
+  // address.
+  virtual StatusOr<PeerId> AddPeer(const NetAddr& address,
+                                   Deadline deadline) = 0;
+  // Forgets a peer. Posts to it that are not complete end with kError.
+  virtual void RemovePeer(PeerId peer) = 0;
+
+  // Writes `length` bytes (0 is allowed) from `local` to `remote`; if
+  // `immediate` is given, the peer polls it once all bytes are there. Out of
+  // range spans are refused here, as far as this side can know. `cookie` comes
+  // back in kWriteDone or kError.
+  virtual StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local,
+                                        RemoteSpan remote, uint64_t length,
+                                        std::optional<uint32_t> immediate,
+                                        uint64_t cookie) = 0;
+
+  // Two-sided, for control. The bytes are copied before the call returns.
+  virtual StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
+                                    uint64_t cookie) = 0;
+
+  // Moves everything forward and fills `completions`; returns how many. Sets
+  // only the fields that the kind has.
+  virtual size_t Poll(std::span<Completion> completions) = 0;
+
+  // Where `length` bytes of the peer's memory are mapped here, or nullptr where
+  // caps().direct_store is false or the span is out of range. What is stored
+  // there is visible to the peer once an immediate posted later has arrived.
+  virtual std::byte* DirectPointer(PeerId peer, RemoteSpan remote,
+                                   uint64_t length) = 0;
+};
+
+// Opens Domains of one kind for one engine; they must be gone before it goes.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  virtual StatusOr<std::unique_ptr<Domain>> OpenDomain() = 0;
+
+  // Rings whenever Poll of one of this transport's Domains may have news.
+  virtual Doorbell& doorbell() = 0;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_TRANSPORT_TRANSPORT_H_
