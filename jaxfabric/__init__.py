@@ -5,24 +5,55 @@ Inside a fully manual `jax.shard_map`, under an open `Fabric`: `put`, `wait`,
 dispatch and combine, `jaxfabric.nnx` and `jaxfabric.linen` Flax layers.
 """
 
-from jaxfabric import moe as moe
-from jaxfabric._config import config as config
-from jaxfabric._errors import CapacityError as CapacityError
-from jaxfabric._errors import DeadlineError as DeadlineError
-from jaxfabric._errors import FabricError as FabricError
-from jaxfabric._errors import PeerLostError as PeerLostError
-from jaxfabric._errors import PlanMismatchError as PlanMismatchError
-from jaxfabric._errors import TransportUnavailableError as TransportUnavailableError
-from jaxfabric._fabric import Fabric as Fabric
-from jaxfabric._fabric import Window as Window
-from jaxfabric._primitives.barrier import barrier as barrier
-from jaxfabric._primitives.exchange import exchange as exchange
-from jaxfabric._primitives.put import put as put
-from jaxfabric._primitives.scatter import scatter as scatter
-from jaxfabric._primitives.token import token as token
-from jaxfabric._primitives.wait import wait as wait
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxfabric import linen as linen
+    from jaxfabric import moe as moe
+    from jaxfabric import nnx as nnx
+    from jaxfabric._config import config as config
+    from jaxfabric._errors import CapacityError as CapacityError
+    from jaxfabric._errors import DeadlineError as DeadlineError
+    from jaxfabric._errors import FabricError as FabricError
+    from jaxfabric._errors import PeerLostError as PeerLostError
+    from jaxfabric._errors import PlanMismatchError as PlanMismatchError
+    from jaxfabric._errors import TransportUnavailableError as TransportUnavailableError
+    from jaxfabric._fabric import Fabric as Fabric
+    from jaxfabric._fabric import Window as Window
+    from jaxfabric._primitives.barrier import barrier as barrier
+    from jaxfabric._primitives.exchange import exchange as exchange
+    from jaxfabric._primitives.put import put as put
+    from jaxfabric._primitives.scatter import scatter as scatter
+    from jaxfabric._primitives.token import token as token
+    from jaxfabric._primitives.wait import wait as wait
 
 __version__ = "0.1.0"
+
+# Where each public name is. They are loaded when they are first used, so that the
+# pytest plugin and the command start without importing jax.
+_MODULES = {
+    "CapacityError": "_errors",
+    "DeadlineError": "_errors",
+    "Fabric": "_fabric",
+    "FabricError": "_errors",
+    "PeerLostError": "_errors",
+    "PlanMismatchError": "_errors",
+    "TransportUnavailableError": "_errors",
+    "Window": "_fabric",
+    "barrier": "_primitives.barrier",
+    "config": "_config",
+    "exchange": "_primitives.exchange",
+    "linen": "linen",
+    "moe": "moe",
+    "nnx": "nnx",
+    "put": "_primitives.put",
+    "scatter": "_primitives.scatter",
+    "token": "_primitives.token",
+    "wait": "_primitives.wait",
+}
 
 __all__ = [
     "CapacityError",
@@ -36,9 +67,18 @@ __all__ = [
     "barrier",
     "config",
     "exchange",
+    "linen",
     "moe",
+    "nnx",
     "put",
     "scatter",
     "token",
     "wait",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxfabric' has no attribute {name!r}")
+    module = importlib.import_module(f"jaxfabric.{_MODULES[name]}")
+    return module if _MODULES[name] == name else getattr(module, name)

@@ -55,7 +55,8 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
         ) from None
     if converted is not None and kind is not str and converted < 0:
         raise ValueError(f"{source}={value!r}: must not be negative")
-    return dataclasses.replace(settings, **{name: converted})
+    changed: dict[str, Any] = {name: converted}
+    return dataclasses.replace(settings, **changed)
 
 
 class Config:

@@ -109,7 +109,9 @@ class Fabric:
         self.name = "default" if name is None else name
         self.timeout_s = settings.timeout_s if timeout_s is None else float(timeout_s)
         if not self.timeout_s > 0:
-            raise ValueError(f"jf.Fabric: timeout_s={timeout_s} must be above 0 seconds")
+            raise ValueError(
+                f"jf.Fabric: timeout_s={timeout_s} must be above 0 seconds"
+            )
         self.key = _stable_key(self.mesh, self.name)
         self._devices = list(self.mesh.devices.flat)
         self._processes = sorted({d.process_index for d in self._devices})
@@ -230,8 +232,13 @@ class Fabric:
         _stack().append(self)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, traceback: object
+    ) -> None:
         _stack().remove(self)
+        if kind is not None and self._native is not None:
+            # The others would wait for calls of this rank that never come.
+            self._native.abort(f"{kind.__name__}: {error}")
         self.close()
 
     def __repr__(self) -> str:

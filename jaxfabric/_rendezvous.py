@@ -87,10 +87,13 @@ class Rendezvous:
         return [by_process[process] for process in self._processes]
 
     def forget(self) -> None:
-        """Deletes this process's keys; best effort."""
+        """Deletes this process's keys; best effort.
+
+        That of the last round stays: a slower process may not have read it yet.
+        """
         if self._client is None:
             return
-        for done in range(1, self._round + 1):
+        for done in range(1, self._round):
             with contextlib.suppress(Exception):
                 self._client.key_value_delete(f"{self._name}/{done}/{self._process}")
 

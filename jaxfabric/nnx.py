@@ -333,7 +333,10 @@ def find_mesh(
     if set(axis) <= set(context.axis_names):
         if context.manual_axes:  # nested: only this view knows what is manual
             return context
-        concrete = jax.sharding.get_mesh()
+        try:
+            concrete = jax.sharding.get_mesh()
+        except ValueError:  # tracing: JAX shows the abstract one only
+            return context
         return context if concrete.empty else concrete
     if given is not None:
         return given

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import moe_oracle
 import numpy as np
@@ -34,7 +35,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations, those of inner programs included."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from equations(inner)
 
 

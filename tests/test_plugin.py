@@ -302,14 +302,17 @@ def test_without_the_plugin_tests_are_plain(inner: Callable[..., Ended]) -> None
 
 
 def test_loading_the_plugin_does_not_import_jax() -> None:
-    subprocess.run(
-        [
-            *(sys.executable, "-P", "-c"),
-            "import sys, jaxfabric.testing.plugin; sys.exit('jax' in sys.modules)",
-        ],
+    # It is loaded into every pytest run, where conftest.py files may still have to
+    # set JAX's variables; this needs a lazy jaxfabric/__init__.py.
+    code = "import sys, jaxfabric.testing.plugin; print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
         check=True,
         timeout=TIMEOUT_S,
     )
+    assert done.stdout == "False\n"
 
 
 def start_hosts(
@@ -404,7 +407,7 @@ def test_two_hosts_with_different_jobs_do_not_meet() -> None:
         index = int(sys.argv[1])
         settings = _hosts.Settings("127.0.0.1", {port}, index, 2, f"job {{index}}")
         try:
-            _hosts.Hosts(settings, join_timeout_s=3)
+            _hosts.Hosts(settings, join_timeout_s=60)
         except _hosts.HostsError as error:
             print(error)
         """
@@ -417,9 +420,21 @@ def test_two_hosts_with_different_jobs_do_not_meet() -> None:
         )
         for index in range(2)
     ]
-    said = [host.communicate(timeout=TIMEOUT_S)[0] for host in hosts]
-    assert "missing: host 1" in said[0]
-    assert "another job string" in said[1]
+    try:
+        said, _ = hosts[1].communicate(timeout=TIMEOUT_S)
+        assert "another job string" in said
+        assert hosts[0].poll() is None  # a stranger does not end its wait
+    finally:
+        hosts[0].kill()
+        hosts[0].communicate()
+
+
+def test_a_host_that_never_comes_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    settings = _hosts.Settings("127.0.0.1", port, 0, 2)
+    with pytest.raises(_hosts.HostsError, match="missing: host 1"):
+        _hosts.Hosts(settings, join_timeout_s=0.2)
 
 
 def test_settings_of_several_hosts() -> None:

@@ -291,14 +291,14 @@ def test_public_names_have_docstrings(name: str) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
-def test_bazel_links_shared_test_code_where_cmake_does() -> None:
+def test_bazel_links_the_conformance_suite_where_cmake_does() -> None:
+    header = '#include "tests/cpp/transport_conformance.h"'
     tests = (ROOT / "tests/cpp").glob("*_test.cc")
-    sharing = [t.name for t in tests if '#include "tests/cpp/' in t.read_text()]
-    listed = re.search(
-        r"SHARED_CODE_TESTS = \[(.*?)\]", read(Path("tests/BUILD")), re.S
-    )
+    conforming = {test.name for test in tests if header in test.read_text()}
+    build = read(Path("tests/BUILD"))
+    listed = re.search(r"CONFORMANCE_TESTS = \[(.*?)\]", build, re.DOTALL)
     assert listed is not None
-    assert sorted(re.findall(r'"cpp/(.*)"', listed[1])) == sorted(sharing)
+    assert set(re.findall(r'"cpp/(.*)"', listed[1])) == conforming
 
 
 def test_the_rules_see_the_project() -> None:

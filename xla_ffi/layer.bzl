@@ -1,6 +1,7 @@
 """One C++ library per folder of xla_ffi/."""
 
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+# As in cmake/Layers.cmake.
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers"]
 
 def jaxfabric_layer(name, deps = [], copts = [], linkopts = [], alwayslink = False):
     """Declares the calling folder's library.

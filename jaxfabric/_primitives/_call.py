@@ -20,12 +20,14 @@ TOKEN_SHAPE = (1,)
 class Call:
     """The static part of a call, as a parameter of its primitive.
 
-    ``op`` is the user's name for it. ``axes`` are positions in the Fabric's mesh.
+    ``op`` is the user's name for it. ``axis`` are names, ``axes`` the same as positions
+    in the Fabric's mesh.
     ``timeout_s`` is 0 to inherit the Fabric's. ``key`` is the user's.
     """
 
     op: str
     fabric_key: int
+    axis: tuple[str, ...]
     axes: tuple[int, ...]
     timeout_s: float
     key: Hashable
@@ -47,7 +49,14 @@ def make(
     found = _fabric.require(op, axis, fabric)
     axes = tuple(found.mesh.axis_names.index(name) for name in axis)
     return (
-        Call(op, found.key, axes, checked_timeout(op, timeout_s), _hashable(op, key)),
+        Call(
+            op,
+            found.key,
+            axis,
+            axes,
+            checked_timeout(op, timeout_s),
+            _hashable(op, key),
+        ),
         axis,
         size,
     )
@@ -85,6 +94,17 @@ def checked_token(op: str, token: Any) -> jax.Array:
     return token
 
 
+def bind(primitive: Primitive, call: Call, *operands: Any, **params: Any) -> Any:
+    """Binds a primitive of ours; operands vary alike already.
+
+    The rank's index goes along, so that a mesh which orders its devices otherwise than
+    the Fabric's is an error and not a mix-up.
+    """
+    index = jax.lax.axis_index(call.axis).astype(np.int32)
+    varying = _axes.unify(call.axis, index, *operands)
+    return primitive.bind(*varying, call=call, **params)
+
+
 def define(
     name: str,
     target: str,
@@ -93,13 +113,14 @@ def define(
 ) -> Primitive:
     """A primitive with several results that calls an FFI target on CPU.
 
-    ``abstract_eval(*operands, call, **params)`` gives the results' types;
+    The first operand is the rank's index (see `bind`), and not shown to
+    ``abstract_eval(*operands, call, **params)``, which gives the results' types;
     ``attributes(**params)`` the handler's own attributes.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(
-        lambda *operands, call, **params: list(
+        lambda index, *operands, call, **params: list(
             abstract_eval(*operands, call=call, **params)
         )
     )

@@ -52,7 +52,7 @@ def barrier(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _barrier(call: _call.Call, token: jax.Array) -> jax.Array:
-    (token,) = barrier_p.bind(token, call=call)
+    (token,) = _call.bind(barrier_p, call, token)
     return token
 
 

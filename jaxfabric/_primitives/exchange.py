@@ -92,7 +92,7 @@ def _checked(
 def _exchange(
     call: _call.Call, perm: Permutation, x: jax.Array, token: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    y, token = exchange_p.bind(x, token, call=call, perm=perm)
+    y, token = _call.bind(exchange_p, call, x, token, perm=perm)
     return y, token
 
 
@@ -123,11 +123,11 @@ def _batch(
     operands: Sequence[Any], dims: Sequence[Any], **params: Any
 ) -> tuple[Sequence[Any], Sequence[Any]]:
     # The batch travels as one larger array: one exchange, whatever its size.
-    if dims[1] is not batching.not_mapped:
+    if dims[2] is not None:
         raise NotImplementedError(
             "jf.exchange: a token cannot be batched; make it outside of jax.vmap"
         )
-    return exchange_p.bind(*operands, **params), (dims[0], batching.not_mapped)
+    return exchange_p.bind(*operands, **params), (dims[1], None)
 
 
 batching.primitive_batchers[exchange_p] = _batch

@@ -75,7 +75,7 @@ def put(
         scalar(op, "offset", offset),
         _call.checked_token(op, token),
     )
-    (token,) = put_p.bind(*operands, call=call, window=win.index, id=check_id(op, id))
+    (token,) = _call.bind(put_p, call, *operands, window=win.index, id=check_id(op, id))
     return token
 
 

@@ -74,8 +74,8 @@ def scatter(
         )
     check_operand(op, win, x, x.size // size)
     operands = _axes.unify(axis, x, dst_offsets, _call.checked_token(op, token))
-    (token,) = scatter_p.bind(
-        *operands, call=call, window=win.index, id=check_id(op, id)
+    (token,) = _call.bind(
+        scatter_p, call, *operands, window=win.index, id=check_id(op, id)
     )
     return token
 

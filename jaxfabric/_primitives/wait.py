@@ -57,9 +57,10 @@ def wait(
     if int(count) < 0 or int(count) >= 1 << 31:
         raise ValueError(f"{op}: count={count} must be in 0..2^31-1")
     (token,) = _axes.unify(axis, _call.checked_token(op, token))
-    y, token = wait_p.bind(
+    y, token = _call.bind(
+        wait_p,
+        call,
         token,
-        call=call,
         window=win.index,
         id=check_id(op, id),
         count=int(count),

@@ -55,5 +55,3 @@ def scalar(op: str, what: str, value: Any) -> jax.Array:
             f"{array.dtype.name}{list(array.shape)}"
         )
     return array.astype(jnp.int32)
-
-

@@ -28,7 +28,9 @@ def route(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     """Sends rows with their routes; see jaxfabric.moe._plan for the contract."""
-    outs = route_p.bind(x, ids, weights, token, call=_call_of(c, "dispatch"), config=c)
+    outs = _call.bind(
+        route_p, _call_of(c, "dispatch"), x, ids, weights, token, config=c
+    )
     return _route_out(c, outs)
 
 
@@ -36,15 +38,15 @@ def route_start(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[_Array, ...]:
     """First half: everything is on its way when its results are there."""
-    pending, token = route_start_p.bind(
-        x, ids, weights, token, call=_call_of(c, "dispatch_start"), config=c
+    pending, token = _call.bind(
+        route_start_p, _call_of(c, "dispatch_start"), x, ids, weights, token, config=c
     )
     return pending, x, ids, weights, token
 
 
 def route_done(c: Config, posted: tuple[_Array, ...]) -> RouteOut:
     """Second half: waits for what the others sent, and unpacks it."""
-    outs = route_done_p.bind(*posted, call=_call_of(c, "dispatch_done"), config=c)
+    outs = _call.bind(route_done_p, _call_of(c, "dispatch_done"), *posted, config=c)
     return _route_out(c, outs)
 
 
@@ -57,8 +59,8 @@ def replay(
     token: _Array,
 ) -> tuple[_Array, _Array]:
     """The rows of another x along a known plan."""
-    rows, token = replay_p.bind(
-        x, ids, recv_count, slot_row, token, call=_call_of(c, "replay"), config=c
+    rows, token = _call.bind(
+        replay_p, _call_of(c, "replay"), x, ids, recv_count, slot_row, token, config=c
     )
     return rows, token
 
@@ -79,7 +81,7 @@ def reduce(
     operands = _reduce_operands(
         c, rows, row_weights, scalars, ids, recv_count, slot_row, token, accum_dtype
     )
-    outs = reduce_p.bind(*operands, call=_call_of(c, "combine"), config=c)
+    outs = _call.bind(reduce_p, _call_of(c, "combine"), *operands, config=c)
     return _reduce_out(outs, scalars is not None)
 
 
@@ -106,8 +108,8 @@ def reduce_start(
     operands = _reduce_operands(
         c, rows, row_weights, scalars, ids, recv_count, slot_row, token, accum_dtype
     )
-    pending, token = reduce_start_p.bind(
-        *operands, call=_call_of(c, "combine_start"), config=c
+    pending, token = _call.bind(
+        reduce_start_p, _call_of(c, "combine_start"), *operands, config=c
     )
     return ReducePosted((pending, *operands[:-1], token), scalars)
 
@@ -116,8 +118,8 @@ def reduce_done(
     c: Config, posted: ReducePosted
 ) -> tuple[_Array, _Array | None, _Array]:
     """Second half of `reduce`."""
-    outs = reduce_done_p.bind(
-        *posted.operands, call=_call_of(c, "combine_done"), config=c
+    outs = _call.bind(
+        reduce_done_p, _call_of(c, "combine_done"), *posted.operands, config=c
     )
     return _reduce_out(outs, posted.scalars is not None)
 
@@ -125,7 +127,7 @@ def reduce_done(
 def _call_of(c: Config, op: str) -> _call.Call:
     fabric = _fabric.by_key(op, c.axis_name, c.fabric_key)
     axes = tuple(fabric.mesh.axis_names.index(name) for name in c.axis_name)
-    return _call.Call(op, fabric.key, axes, c.timeout_s or 0.0, c.key)
+    return _call.Call(op, fabric.key, c.axis_name, axes, c.timeout_s or 0.0, c.key)
 
 
 def _route_out(c: Config, outs: Sequence[_Array]) -> RouteOut:

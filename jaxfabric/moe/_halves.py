@@ -160,18 +160,23 @@ def dispatch_done(pending: DispatchPending) -> Dispatched:
     return _api.dispatched(p.config, p.ids, out)
 
 
+def _finish_route(c: Config, posted: Any) -> RouteOut:
+    return _vjp.named(c, _kernels(c).route_done(c, posted))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _route_done(
     c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     del x, ids, weights, token  # only their cotangents matter
-    return _vjp.named(c, _kernels(c).route_done(c, posted))
+    return _finish_route(c, posted)
 
 
 def _route_done_fwd(
     c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[RouteOut, _vjp.Routes]:
-    out = _route_done(c, posted, x, ids, weights, token)
+    del x, weights, token
+    out = _finish_route(c, posted)
     return out, _vjp.Routes(ids, out.recv_count, out.slot_row)
 
 
@@ -249,6 +254,11 @@ def combine_done(pending: CombinePending) -> _Array | tuple[_Array, _Array]:
     return (y, token) if p.returns_token else y
 
 
+def _finish_reduce(c: Config, posted: Any) -> tuple[_Array, _Array]:
+    y, _, token = _kernels(c).reduce_done(c, posted)
+    return y, token
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _reduce_done(
     c: Config,
@@ -260,8 +270,7 @@ def _reduce_done(
     token: _Array,
 ) -> tuple[_Array, _Array]:
     del accum_dtype, rows, weights, routes, token  # only their cotangents matter
-    y, _, token = _kernels(c).reduce_done(c, posted)
-    return y, token
+    return _finish_reduce(c, posted)
 
 
 def _reduce_done_fwd(
@@ -273,7 +282,8 @@ def _reduce_done_fwd(
     routes: _vjp.Routes,
     token: _Array,
 ) -> tuple[tuple[_Array, _Array], _vjp.Reducible]:
-    out = _reduce_done(c, accum_dtype, posted, rows, weights, routes, token)
+    del accum_dtype, token
+    out = _finish_reduce(c, posted)
     return out, _vjp.reduce_residuals(rows, weights, routes)
 
 

@@ -62,20 +62,28 @@ def named(c: Config, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, c.name), tree)
 
 
+# jax.checkpoint saves named values only where it sees them. So the names are given in
+# here, to make the residuals named values too, and forward rules call plain functions:
+# a custom_vjp function inside would hide its names. Else a remat that saves the names
+# would still repeat the dispatch.
+def _route(
+    c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
+) -> RouteOut:
+    return named(c, kernels(c).route(c, x, ids, weights, token))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def route(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     """Differentiable dispatch."""
-    # Named in here, so that the residuals below are the named values too: else a
-    # remat that saves the names would still repeat the call for its residuals.
-    return named(c, kernels(c).route(c, x, ids, weights, token))
+    return _route(c, x, ids, weights, token)
 
 
 def _route_fwd(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[RouteOut, Routes]:
-    out = route(c, x, ids, weights, token)
+    out = _route(c, x, ids, weights, token)
     return out, Routes(ids, out.recv_count, out.slot_row)
 
 
@@ -93,19 +101,25 @@ def route_bwd(
 route.defvjp(_route_fwd, route_bwd)
 
 
+def _replay(
+    c: Config, x: _Array, routes: Routes, token: _Array
+) -> tuple[_Array, _Array]:
+    c = dataclasses.replace(c, hidden=x.shape[1])
+    return kernels(c).replay(c, x, *routes, token)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def replay(
     c: Config, x: _Array, routes: Routes, token: _Array
 ) -> tuple[_Array, _Array]:
     """Differentiable: another x[T, D] along a plan, to expert or unique rows."""
-    c = dataclasses.replace(c, hidden=x.shape[1])
-    return kernels(c).replay(c, x, *routes, token)
+    return _replay(c, x, routes, token)
 
 
 def _replay_fwd(
     c: Config, x: _Array, routes: Routes, token: _Array
 ) -> tuple[tuple[_Array, _Array], Routes]:
-    return replay(c, x, routes, token), routes
+    return _replay(c, x, routes, token), routes
 
 
 def _replay_bwd(
@@ -120,6 +134,21 @@ replay.defvjp(_replay_fwd, _replay_bwd)
 _Reduced = tuple[_Array, _Array | None, _Array]
 
 
+def _reduce(
+    c: Config,
+    accum_dtype: Any,
+    rows: _Array,
+    row_weights: _Array | None,
+    scalars: _Array | None,
+    routes: Routes,
+    token: _Array,
+) -> _Reduced:
+    c = dataclasses.replace(c, hidden=rows.shape[1])
+    return kernels(c).reduce(
+        c, rows, row_weights, scalars, *routes, token, accum_dtype=accum_dtype
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def reduce(
     c: Config,
@@ -131,10 +160,7 @@ def reduce(
     token: _Array,
 ) -> _Reduced:
     """Differentiable combine; scalars[R] come back to their slots [T, K]."""
-    c = dataclasses.replace(c, hidden=rows.shape[1])
-    return kernels(c).reduce(
-        c, rows, row_weights, scalars, *routes, token, accum_dtype=accum_dtype
-    )
+    return _reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
 
 
 class Reducible(NamedTuple):
@@ -161,7 +187,7 @@ def _reduce_fwd(
     routes: Routes,
     token: _Array,
 ) -> tuple[_Reduced, Reducible]:
-    out = reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
+    out = _reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
     return out, reduce_residuals(rows, row_weights, routes)
 
 

@@ -40,3 +40,5 @@ others use: whoever knows it (under Slurm: the job's number) may join.
 
 `pytest -p no:jaxfabric` runs marked tests as plain ones, in the pytest process.
 """
+
+__all__: list[str] = []  # the mark and the options are the whole surface

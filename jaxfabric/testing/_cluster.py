@@ -87,8 +87,9 @@ class Cluster:
         begin = time.monotonic()
         waiting = {w.rank: w for w in self._workers}
         while waiting:
-            for worker, _ in self._messages(waiting):
-                del waiting[worker.rank]
+            for worker, message in self._messages(waiting):
+                if message["kind"] == "ready":
+                    del waiting[worker.rank]
             dead = [w for w in waiting.values() if w.dead()]
             late = time.monotonic() - begin > START_TIMEOUT_S
             if dead or late:

@@ -126,6 +126,7 @@ class Channel:
     def __init__(self, fd: int) -> None:
         self._reader = os.fdopen(fd, "rb")
         self._fd = fd
+        self._stopped = False
 
     def send(self, **message: Any) -> None:
         """Sends one message; it may wait until the outer run has read."""
@@ -136,6 +137,7 @@ class Channel:
         for line in self._reader:
             message = json.loads(line)
             if message.get("stop"):
+                self._stopped = True
                 return
             yield message
         os._exit(1)  # the outer run is gone; nobody waits for a clean end
@@ -143,6 +145,22 @@ class Channel:
     def first(self) -> dict[str, Any]:
         """The first message."""
         return next(self.messages())
+
+    def leave(self) -> None:
+        """Ends the process, without JAX's shutdown barrier, which may take minutes.
+
+        After a stop it waits for the outer run's SIGKILL: rank 0 must not go first,
+        since JAX aborts processes whose coordinator is gone. Otherwise something went
+        wrong, and the outer run must see the end at once.
+        """
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not self._stopped:
+            os._exit(1)
+        self.send(kind="bye")
+        for _ in self.messages():
+            pass
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -180,20 +198,6 @@ def _run_session(setup: dict[str, Any], channel: Channel) -> None:
     config.hook.pytest_cmdline_main(config=config)
 
 
-def _leave(channel: Channel) -> None:
-    """Waits for the outer run's SIGKILL instead of JAX's shutdown barrier.
-
-    The barrier may take minutes, and rank 0 must not go first: JAX aborts processes
-    whose coordinator is gone.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    channel.send(kind="bye")
-    for _ in channel.messages():
-        pass
-
-
 def main() -> None:
     """Runs the rank that the messages on file descriptor argv[1] describe."""
     fd, parent_pid, stacks_path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -207,7 +211,7 @@ def main() -> None:
     sys.path += [p for p in setup["sys_path"] if p not in sys.path]
     import jax  # noqa: F401  (its atexit functions must be older than ours)
 
-    atexit.register(_leave, channel)
+    atexit.register(channel.leave)
     _initialize_jax(setup)
     _run_session(setup, channel)
 

@@ -24,6 +24,8 @@ from jaxfabric.testing._cluster import Cluster, ClusterError
 from jaxfabric.testing._pool import Pool
 from jaxfabric.testing._rank import Layout
 
+__all__ = ["RanksFailed", "pytest_addoption", "pytest_configure"]
+
 _MARK = "jaxfabric"
 _DEFAULT_TIMEOUT_S = "120"
 _DEFAULT_GRACE_S = "10"
@@ -97,7 +99,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class RanksFailed(Exception):
-    """A marked test failed on some rank; carries the outcome."""
+    """A marked test failed on some rank; carries the outcome of all."""
 
     def __init__(self, outcome: _outcome.Outcome) -> None:
         super().__init__(outcome.summary)

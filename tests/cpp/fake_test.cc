@@ -77,11 +77,11 @@ TEST(FakeTest, TheSeedDecides) {
 }
 
 TEST(FakeTest, AWriteIsSeenInPiecesBeforeItsImmediate) {
-  constexpr size_t kBytes = 1 << 16;
+  constexpr size_t kBytes = 1 << 10;
   auto transport = Open({.network = "pieces",
                          .seed = 9,
                          .pieces_max = 64,
-                         .delay_max_ns = 20'000'000});
+                         .delay_max_ns = 50'000'000});
   ConformanceRank from(*transport, kBytes);
   ConformanceRank to(*transport, kBytes);
   const PeerId peer = from.Add(to);

@@ -34,7 +34,7 @@ Bytes RouteMessage(const World& world, int32_t source, int32_t destination) {
 }
 
 World SmallWorld() {
-  Random random(7);
+  Random random = Seeded(7);
   World world = RandomWorld(random, kLayout);
   for (int32_t s = 0; s < kLayout.num_ranks; ++s) {
     world.ids[s] = RandomIds(random, kLayout, Routing::kUniform);
@@ -45,7 +45,7 @@ World SmallWorld() {
 TEST(RouteMessage, ParsesToWhatADirectViewSees) {
   for (uint64_t seed = 0; seed < 300; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    Random random(seed);
+    Random random = Seeded(seed);
     const World world = RandomWorld(random, RandomLayout(random));
     const Layout& layout = world.layout;
     const auto lists = BuildSendLists(layout, world.ids[0]);
@@ -174,7 +174,7 @@ TEST(RouteMessage, DamagedBytesAreRefusedOrHarmless) {
   int refused = 0;
   for (uint64_t seed = 0; seed < 20000; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    Random random(seed);
+    Random random = Seeded(seed);
     const World world = RandomWorld(random, RandomLayout(random));
     Bytes message = RouteMessage(world, 0, 0);
     for (int64_t flips = Uniform(random, 1, 4); flips > 0; --flips) {
@@ -219,6 +219,34 @@ TEST(RouteMessage, EveryMetadataWordIsChecked) {
       EXPECT_EQ(changed.status().code(), StatusCode::kDataLoss);
     }
   }
+}
+
+// Word `word` of the metadata of a message with tokens {0, 2}, slot counts
+// {2, 1} and slots {0,0} {1,2} | {3,1} (local expert, k) becomes `value`.
+void ExpectDamaged(size_t word, int32_t value, const char* text) {
+  World world = SmallWorld();
+  world.ids[0] = {4, 0, 5, /**/ -1, -1, 1, /**/ -1, 7, -1, /**/ 0, 1, 2};
+  Bytes message = RouteMessage(world, 0, 1);
+  ASSERT_TRUE(ParseRouteMessage(kLayout, message).ok());
+  std::memcpy(message.data() + 64 + 4 * word, &value, 4);
+  const auto view = ParseRouteMessage(kLayout, message);
+  ASSERT_FALSE(view.ok()) << text;
+  EXPECT_EQ(view.status().code(), StatusCode::kDataLoss);
+  EXPECT_THAT(view.status().message(), HasSubstr(text));
+}
+
+TEST(RouteMessage, EveryRuleOfTheMetadataHolds) {
+  ExpectDamaged(1, 0, "token 0 after token 0");
+  ExpectDamaged(1, 4, "token 4 after token 0");
+  ExpectDamaged(0, 3, "token 2 after token 3");
+  ExpectDamaged(2, 0, "0 slots in token 0");
+  ExpectDamaged(2, 1, "1 slots without a row");
+  ExpectDamaged(2, 4, "4 slots in token 0");
+  ExpectDamaged(3, 2, "2 slots in token 2");
+  ExpectDamaged(6, 0, "local expert 0 in token 0");
+  ExpectDamaged(8, 4, "local expert 4 in token 2");
+  ExpectDamaged(7, 0, "k = 0 in token 0");
+  ExpectDamaged(9, 3, "k = 3 in token 2");
 }
 
 TEST(ReplayMessage, CarriesRowsAndTheirCount) {

@@ -12,6 +12,7 @@
 #include <ostream>
 #include <random>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "moe/layout.h"
@@ -20,6 +21,9 @@ namespace jaxfabric::moe {
 
 using Bytes = std::vector<std::byte>;
 using Random = std::mt19937_64;
+
+// The same numbers in every run, so that a printed seed reproduces a failure.
+inline Random Seeded(uint64_t seed) { return Random(seed); }
 
 inline int64_t Uniform(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
@@ -122,26 +126,23 @@ struct Expected {
 
 inline constexpr std::byte kGarbage{0xAB};
 
-inline Expected Dispatch(const World& world, int32_t rank) {
+// An assignment to this rank's experts that its capacity let through.
+struct Kept {
+  int32_t source, token, k, expert, unique, q;
+};
+
+struct Routed {
+  std::vector<Kept> kept;  // in (source, token, k) order
+  std::vector<std::pair<int32_t, int32_t>> unique_rows;  // source, token
+  std::vector<int32_t> recv_count;
+  int32_t dropped = 0;
+};
+
+inline Routed Route(const World& world, int32_t rank, int64_t kept_max) {
   const Layout& layout = world.layout;
   const int32_t local = layout.num_experts / layout.num_ranks;
-  const int32_t slots = std::min(layout.k, local);
-  const int64_t unique_max = int64_t{layout.num_ranks} * layout.tokens;
-  int64_t kept_max = unique_max * slots;
-  if (layout.capacity >= 0) {
-    kept_max = std::min<int64_t>(kept_max, layout.capacity);
-  }
-  const int64_t alignment = layout.expert_alignment;
-  int64_t rows = kept_max + local * (alignment - 1);
-  rows -= rows % alignment;
-
-  struct Assignment {
-    int32_t source, token, k, expert, unique, q;
-  };
-  std::vector<Assignment> kept;
-  std::vector<std::pair<int32_t, int32_t>> unique_rows;  // source, token
-  Expected want;
-  want.recv_count.assign(layout.num_ranks, 0);
+  Routed routed;
+  routed.recv_count.assign(layout.num_ranks, 0);
   for (int32_t s = 0; s < layout.num_ranks; ++s) {
     for (int32_t t = 0; t < layout.tokens; ++t) {
       int32_t q = 0;
@@ -149,56 +150,79 @@ inline Expected Dispatch(const World& world, int32_t rank) {
         const int32_t id = world.ids[s][t * layout.k + k];
         if (id < 0 || id / local != rank) continue;
         if (q == 0) {
-          unique_rows.emplace_back(s, t);
-          ++want.recv_count[s];
+          routed.unique_rows.emplace_back(s, t);
+          ++routed.recv_count[s];
         }
-        if (static_cast<int64_t>(kept.size()) == kept_max) {
-          ++want.dropped;
+        const auto unique = static_cast<int32_t>(routed.unique_rows.size()) - 1;
+        if (static_cast<int64_t>(routed.kept.size()) == kept_max) {
+          ++routed.dropped;
         } else {
-          kept.push_back({s, t, k, id % local,
-                          static_cast<int32_t>(unique_rows.size()) - 1, q});
+          routed.kept.push_back({s, t, k, id % local, unique, q});
         }
         ++q;
       }
     }
   }
+  return routed;
+}
 
-  want.slot_row.assign(unique_max * slots, -1);
-  want.weights.assign(rows, 0.0f);
-  if (!layout.expand) want.row_index.assign(rows, -1);
-  const int64_t output_rows = layout.expand ? rows : unique_max;
-  want.tokens.assign(output_rows * layout.row_bytes,
-                     layout.zero_tail ? std::byte{0} : kGarbage);
-  const auto copy_row = [&](int64_t to, int32_t unique) {
-    const auto [s, t] = unique_rows[unique];
+// What Dispatch knows of the sizes, from the contract's text.
+struct Sizes {
+  explicit Sizes(const Layout& layout)
+      : local(layout.num_experts / layout.num_ranks),
+        slots(std::min(layout.k, local)),
+        unique_max(int64_t{layout.num_ranks} * layout.tokens),
+        kept_max(unique_max * slots) {
+    if (layout.capacity >= 0) {
+      kept_max = std::min<int64_t>(kept_max, layout.capacity);
+    }
+    const int64_t alignment = layout.expert_alignment;
+    rows = kept_max + local * (alignment - 1);
+    rows -= rows % alignment;
+  }
+  int32_t local, slots;
+  int64_t unique_max, kept_max, rows = 0;
+};
+
+inline Expected Dispatch(const World& world, int32_t rank) {
+  const Layout& layout = world.layout;
+  const Sizes sizes(layout);
+  const Routed routed = Route(world, rank, sizes.kept_max);
+  Expected want;
+  want.recv_count = routed.recv_count;
+  want.dropped = routed.dropped;
+  want.slot_row.assign(sizes.unique_max * sizes.slots, -1);
+  want.weights.assign(sizes.rows, 0.0f);
+  if (!layout.expand) want.row_index.assign(sizes.rows, -1);
+  want.tokens.assign(
+      (layout.expand ? sizes.rows : sizes.unique_max) * layout.row_bytes,
+      layout.zero_tail ? std::byte{0} : kGarbage);
+  const auto copy_row = [&](int64_t to, size_t unique) {
+    const auto [s, t] = routed.unique_rows[unique];
     std::memcpy(want.tokens.data() + to * layout.row_bytes,
                 world.x[s].data() + t * layout.row_bytes, layout.row_bytes);
   };
   int32_t row = 0;
-  for (int32_t e = 0; e < local; ++e) {
+  for (int32_t e = 0; e < sizes.local; ++e) {
     const int32_t begin = row;
-    for (const Assignment& a : kept) {
+    for (const Kept& a : routed.kept) {
       if (a.expert != e) continue;
-      want.slot_row[a.unique * slots + a.q] = row;
+      want.slot_row[a.unique * sizes.slots + a.q] = row;
       want.weights[row] = world.weights[a.source][a.token * layout.k + a.k];
       want.row_of[{a.source, a.token, a.k}] = row;
       if (layout.expand) copy_row(row, a.unique);
       if (!layout.expand) want.row_index[row] = a.unique;
       ++row;
     }
-    while ((row - begin) % alignment != 0) {
-      if (layout.expand) {
-        std::memset(want.tokens.data() + row * layout.row_bytes, 0,
-                    layout.row_bytes);
-      }
-      ++row;
+    for (; (row - begin) % layout.expert_alignment != 0; ++row) {
+      if (!layout.expand) continue;
+      std::memset(want.tokens.data() + row * layout.row_bytes, 0,
+                  layout.row_bytes);
     }
     want.group_sizes.push_back(row - begin);
   }
-  if (!layout.expand) {
-    for (size_t j = 0; j < unique_rows.size(); ++j) {
-      copy_row(static_cast<int64_t>(j), static_cast<int32_t>(j));
-    }
+  for (size_t j = 0; !layout.expand && j < routed.unique_rows.size(); ++j) {
+    copy_row(static_cast<int64_t>(j), j);
   }
   return want;
 }

@@ -131,7 +131,7 @@ void ExpectDispatchIsRight(Random& random, const World& world) {
 
 TEST(Place, RandomWorlds) {
   for (uint64_t seed = 0; seed < 1500; ++seed) {
-    Random random(seed);
+    Random random = Seeded(seed);
     const Layout layout = RandomLayout(random);
     SCOPED_TRACE(testing::Message()
                  << "seed " << seed << ": " << testing::PrintToString(layout));
@@ -142,7 +142,7 @@ TEST(Place, RandomWorlds) {
 }
 
 TEST(Place, EveryCapacityOfOneWorld) {
-  Random random(3);
+  Random random = Seeded(3);
   for (const int32_t alignment : {1, 8, 16}) {
     for (int32_t capacity = -1; capacity < 50; ++capacity) {
       SCOPED_TRACE(testing::Message()
@@ -210,7 +210,7 @@ TEST(CheckPlan, RandomArraysAreRefusedOrHarmless) {
   int accepted = 0;
   for (uint64_t seed = 0; seed < 5000; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    Random random(seed);
+    Random random = Seeded(seed);
     const Layout layout = RandomLayout(random);
     const World world = RandomWorld(random, layout);
     const Expected want = Dispatch(world, 0);

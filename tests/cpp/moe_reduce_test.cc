@@ -83,7 +83,7 @@ Bytes PlainUniqueRow(const Combine& combine, int32_t rank, int32_t source,
                      int32_t token) {
   const Layout& layout = combine.world.layout;
   const auto is_sent = [&](int32_t s, int32_t t) {
-    const auto begin = combine.world.ids[s].begin() + t * layout.k;
+    const auto begin = combine.world.ids[s].begin() + int64_t{t} * layout.k;
     return std::any_of(begin, begin + layout.k, [&](int32_t id) {
       return id >= 0 && id / layout.experts_local() == rank;
     });
@@ -120,7 +120,7 @@ Bytes PlainY(const Combine& combine, int32_t source) {
 
 std::vector<float> PlainSlotScalars(const Combine& combine, int32_t source) {
   const Layout& layout = combine.world.layout;
-  std::vector<float> scalars(layout.tokens * layout.k, 0.0f);
+  std::vector<float> scalars(int64_t{layout.tokens} * layout.k, 0.0f);
   for (int32_t d = 0; d < layout.num_ranks; ++d) {
     for (const auto& [where, row] : combine.dispatched[d].row_of) {
       const auto [s, t, k] = where;
@@ -176,7 +176,7 @@ void ExpectCombineIsRight(Random& random, const Combine& combine,
   Accumulate(layout, combine.type, *lists, partials, {0, middle}, y.data());
   EXPECT_TRUE(y == PlainY(combine, source));
   if (!combine.with_scalars) return;
-  std::vector<float> slot_scalars(layout.tokens * layout.k, 77.0f);
+  std::vector<float> slot_scalars(int64_t{layout.tokens} * layout.k, 77.0f);
   ScatterScalars(layout, *lists, scalars, slot_scalars);
   EXPECT_THAT(slot_scalars,
               ElementsAreArray(PlainSlotScalars(combine, source)));
@@ -184,7 +184,7 @@ void ExpectCombineIsRight(Random& random, const Combine& combine,
 
 TEST(Reduce, RandomCombines) {
   for (uint64_t seed = 0; seed < 1000; ++seed) {
-    Random random(seed);
+    Random random = Seeded(seed);
     const Combine combine = RandomCombine(random);
     SCOPED_TRACE(testing::Message()
                  << "seed " << seed << ": "
@@ -198,7 +198,7 @@ TEST(Reduce, RandomCombines) {
 }
 
 TEST(Reduce, RowsInPiecesAreTheSame) {
-  Random random(5);
+  Random random = Seeded(5);
   Combine combine = RandomCombine(random);
   const Layout& layout = combine.world.layout;
   const Expected& dispatched = combine.dispatched[0];

@@ -51,7 +51,7 @@ TEST(SendLists, RefusesAnExpertTwiceInAToken) {
 TEST(SendLists, HoldsEveryRouteOnceInOrder) {
   for (uint64_t seed = 0; seed < 500; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    Random random(seed);
+    Random random = Seeded(seed);
     const Layout layout = RandomLayout(random);
     const World world = RandomWorld(random, layout);
     const auto lists = BuildSendLists(layout, world.ids[0]);

@@ -86,7 +86,7 @@ std::vector<float> HardValues(RowType type, Random& random) {
 
 TEST(SumRows, RoundsToNearestEven) {
   const ScopedFloatEnvironment environment;
-  Random random(11);
+  Random random = Seeded(11);
   for (const RowType type : {RowType::kBf16, RowType::kF16}) {
     const std::vector<float> values = HardValues(type, random);
     for (const Isa isa : SupportedIsas()) {
@@ -162,7 +162,7 @@ TEST(SumRows, SameBitsAsPlainLoopsOnEveryIsa) {
   const ScopedFloatEnvironment environment;
   for (uint64_t seed = 0; seed < 600; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    Random random(seed);
+    Random random = Seeded(seed);
     const RowType type = kTypes[seed % 4];
     const int64_t count = Uniform(random, 0, 13);
     const int64_t elements =

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <future>
+#include <utility>
 
 #include "tests/cpp/transport_conformance.h"
 #include "transport/shm_address.h"
@@ -102,6 +103,11 @@ class ChildRank {
   }
 
   void Signal(int signal) { kill(pid_, signal); }
+  // Returns once all of its threads stand still.
+  void Stop() {
+    kill(pid_, SIGSTOP);
+    JF_CHECK(waitpid(pid_, nullptr, WUNTRACED) == pid_);
+  }
   // Until it has ended; returns whether it found all well.
   bool Succeeded() {
     int status = -1;
@@ -225,7 +231,7 @@ TEST(ShmProcessTest, AddPeerKeepsItsDeadlineWithAStoppedProcess) {
   ConformanceRank rank(*transport, 1 << 16);
   const Card other = child.Hear();
   child.Tell({});
-  child.Signal(SIGSTOP);
+  child.Stop();
   const int64_t start_ns = MonotonicNanoseconds();
   const StatusOr<PeerId> peer = rank.domain().AddPeer(
       other.net_addr(), Deadline::AfterNanoseconds(100'000'000));
@@ -246,7 +252,7 @@ TEST(ShmProcessTest, AddPeerEndsWhenTheProcessIsKilledMeanwhile) {
   const std::unique_ptr<Transport> transport = Open(kSecret);
   ConformanceRank rank(*transport, 64);
   const Card other = child.Hear();
-  child.Signal(SIGSTOP);
+  child.Stop();
   std::future<StatusOr<PeerId>> adding = std::async(std::launch::async, [&] {
     return rank.domain().AddPeer(other.net_addr(),
                                  Deadline::AfterSeconds(kPatienceSeconds));

@@ -45,7 +45,7 @@ StatusOr<ControlMessage> ControlMessage::Decode(std::string_view bytes) {
   if (header.text_bytes != bytes.size() - sizeof header) return malformed;
   if (header.text_bytes > kTextBytesMax) return malformed;
   if (header.type < static_cast<uint16_t>(Type::kCredits) ||
-      header.type > static_cast<uint16_t>(Type::kAbort)) {
+      header.type > static_cast<uint16_t>(Type::kGoodbye)) {
     return malformed;
   }
   ControlMessage message;

@@ -16,6 +16,7 @@ struct ControlMessage {
     kCredits = 1,     // argument: mask of mailbox slots given back
     kWantCredits = 2,  // the sender of this waits for credits
     kAbort = 3,       // text: why the generation is over
+    kGoodbye = 4,     // the sender closes its Fabric: no message follows
   };
   Type type = Type::kCredits;
   uint32_t generation = 0;

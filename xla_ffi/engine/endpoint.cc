@@ -23,6 +23,12 @@ void PostAll(std::vector<std::function<void()>> tasks) {
   for (auto& task : tasks) ElasticPool::Get().Post(std::move(task));
 }
 
+Endpoint::Loss Departed(uint32_t rank) {
+  return {rank, /*told=*/false,
+          Status(StatusCode::kUnavailable,
+                 "it closed its Fabric while this rank still needs it")};
+}
+
 std::string LabelOf(const MailboxDescriptor& descriptor) {
   return std::string(descriptor.label,
                      strnlen(descriptor.label, kLabelBytes));
@@ -133,9 +139,19 @@ void Endpoint::LeaveChannel(uint64_t channel) {
 bool Endpoint::Expect(MatchKey key, std::vector<uint32_t> sources,
                       const OperationPtr& operation, MatchTable::Ready ready,
                       std::vector<Arrival>* arrivals) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return matches_.Expect(key, std::move(sources), operation, std::move(ready),
-                         arrivals);
+  std::optional<uint32_t> departed;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (matches_.Expect(key, std::move(sources), operation, std::move(ready),
+                        arrivals)) {
+      return true;
+    }
+    for (uint32_t source : matches_.Missing(key)) {
+      if (peers_.at(source)->departed) departed = source;
+    }
+  }
+  if (departed) lost_(Departed(*departed));
+  return false;
 }
 
 std::string Endpoint::DescribeMissing(MatchKey key) const {
@@ -168,8 +184,12 @@ void Endpoint::Send(Outgoing outgoing) {
   const OperationPtr operation = outgoing.operation;
   Reservation reservation;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     Peer& peer = *peers_.at(outgoing.destination);
+    if (peer.departed) {
+      lock.unlock();
+      return lost_(Departed(outgoing.destination));
+    }
     if (peer.lost || operation->failed()) return;
     if (outgoing.bytes > options_.heap.mailbox_bytes) {
       operation->Fail(Status(
@@ -372,8 +392,29 @@ Status Endpoint::OnMailbox(uint32_t name, Peer& peer, uint32_t slot,
   return OkStatus();
 }
 
+// The argument of kAbort: the status code, and one more than the lost rank.
+uint64_t EncodeAbort(StatusCode code, std::optional<uint32_t> lost_rank) {
+  const uint64_t rank = lost_rank ? uint64_t{*lost_rank} + 1 : 0;
+  return static_cast<uint64_t>(code) << 32 | rank;
+}
+
+Endpoint::Loss Endpoint::OnAbort(uint32_t name,
+                                 const ControlMessage& message) const {
+  Loss loss;
+  loss.told = true;
+  const auto rank = static_cast<uint32_t>(message.argument);
+  if (rank != 0 && rank <= options_.heap.ranks && rank - 1 != options_.rank) {
+    loss.rank = rank - 1;
+  }
+  auto code = static_cast<StatusCode>(message.argument >> 32);
+  if (code == StatusCode::kOk) code = StatusCode::kAborted;
+  loss.status = Status(code, "rank " + std::to_string(name) +
+                                 " gave up: " + message.text);
+  return loss;
+}
+
 Status Endpoint::OnControl(uint32_t name, Peer& peer, const std::string& bytes,
-                           Tasks* tasks) {
+                           Tasks* tasks, std::vector<Loss>* losses) {
   JF_ASSIGN_OR_RETURN(const ControlMessage message,
                       ControlMessage::Decode(bytes));
   if (message.generation != options_.generation) {
@@ -389,15 +430,20 @@ Status Endpoint::OnControl(uint32_t name, Peer& peer, const std::string& bytes,
       if (peer.give_back != 0) FlushCredits(name, peer);
       return OkStatus();
     case ControlMessage::Type::kAbort:
-      return Status(StatusCode::kAborted, "rank " + std::to_string(name) +
-                                              " gave up: " + message.text);
+      losses->push_back(OnAbort(name, message));
+      return OkStatus();
+    case ControlMessage::Type::kGoodbye:
+      peer.departed = true;
+      if (!peer.waiting.empty() || matches_.Awaits(name)) {
+        losses->push_back(Departed(name));
+      }
+      return OkStatus();
   }
   return OkStatus();
 }
 
 void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
-                            Tasks* tasks,
-                            std::vector<std::pair<uint32_t, Status>>* losses) {
+                            Tasks* tasks, std::vector<Loss>* losses) {
   using Kind = DomainGroup::Event::Kind;
   for (DomainGroup::Event& event : events) {
     const auto found = peers_.find(event.peer);
@@ -406,19 +452,21 @@ void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
     Status status = OkStatus();
     if (event.kind == Kind::kPeerLost) {
       peer.lost = true;
-      status = event.status;
+      if (!peer.departed) status = event.status;
     } else if (event.kind == Kind::kImmediate) {
       status = OnImmediate(event.peer, peer, event.immediate, tasks);
     } else {
-      status = OnControl(event.peer, peer, event.message, tasks);
+      status = OnControl(event.peer, peer, event.message, tasks, losses);
     }
-    if (!status.ok()) losses->push_back({event.peer, std::move(status)});
+    if (!status.ok()) {
+      losses->push_back({event.peer, /*told=*/false, std::move(status)});
+    }
   }
 }
 
 bool Endpoint::Progress() {
   Tasks tasks;
-  std::vector<std::pair<uint32_t, Status>> losses;
+  std::vector<Loss> losses;
   bool moved = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -428,7 +476,7 @@ bool Endpoint::Progress() {
     if (!puts_.empty()) PumpPuts();
   }
   PostAll(std::move(tasks));
-  for (auto& [peer, status] : losses) lost_(peer, std::move(status));
+  for (Loss& loss : losses) lost_(std::move(loss));
   return moved;
 }
 
@@ -436,7 +484,7 @@ void Endpoint::CountLocally(uint32_t slot) {
   Tasks tasks;
   const Status counted = window_counters_.Add(slot, kTransferUnits, &tasks);
   PostAll(std::move(tasks));
-  if (!counted.ok()) lost_(options_.rank, counted);
+  if (!counted.ok()) lost_({options_.rank, /*told=*/false, counted});
 }
 
 void Endpoint::Put(uint32_t name, uint64_t window_offset,
@@ -451,8 +499,12 @@ void Endpoint::Put(uint32_t name, uint64_t window_offset,
   }
   std::byte* direct = nullptr;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     Peer& peer = *peers_.at(name);
+    if (peer.departed) {
+      lock.unlock();
+      return lost_(Departed(name));
+    }
     if (peer.lost) return;
     ++peer.stats.puts;
     peer.stats.put_bytes += bytes;
@@ -503,10 +555,22 @@ void Endpoint::PumpPuts() {
   }
 }
 
-void Endpoint::BroadcastAbort(const std::string& text) {
+void Endpoint::BroadcastAbort(const Status& status,
+                              std::optional<uint32_t> lost_rank) {
+  const uint64_t argument = EncodeAbort(status.code(), lost_rank);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& [name, peer] : peers_) {
-    if (!peer->lost) SendControl(name, ControlMessage::Type::kAbort, 0, text);
+    if (peer->lost) continue;
+    SendControl(name, ControlMessage::Type::kAbort, argument,
+                status.message());
+  }
+}
+
+void Endpoint::SayGoodbye() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [name, peer] : peers_) {
+    if (peer->lost) continue;
+    SendControl(name, ControlMessage::Type::kGoodbye, 0, "");
   }
 }
 

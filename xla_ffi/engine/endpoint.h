@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -64,9 +65,14 @@ struct Outgoing {
 
 class Endpoint {
  public:
-  // `lost` is told about failures that end the generation: the peer concerned
-  // and why. It is called without locks held.
-  using Lost = std::function<void(uint32_t peer, Status)>;
+  // Why the generation ends.
+  struct Loss {
+    std::optional<uint32_t> rank;  // that is lost, if one is
+    bool told = false;             // by a peer that gave up
+    Status status;
+  };
+  // Called without locks held.
+  using Lost = std::function<void(Loss)>;
 
   static StatusOr<std::unique_ptr<Endpoint>> Open(
       EndpointOptions options, std::vector<std::unique_ptr<Domain>> domains,
@@ -107,8 +113,11 @@ class Endpoint {
   // Moves everything forward; true if anything happened.
   bool Progress();
 
-  // Tells all peers that the generation is over, and why.
-  void BroadcastAbort(const std::string& text);
+  // Tells all peers that the generation is over, why, and which rank is lost.
+  void BroadcastAbort(const Status& status, std::optional<uint32_t> lost_rank);
+  // Tells all peers that nothing more comes from here, after all else that was
+  // sent; who still needs this rank fails.
+  void SayGoodbye();
   // Drops all that waits here. Whoever waits must have been failed before.
   void DropWaiting();
   // True once nothing posted here is on its way.
@@ -135,6 +144,7 @@ class Endpoint {
     RankAddress address;
     std::byte* direct = nullptr;  // the peer's heap, if mapped here
     bool lost = false;
+    bool departed = false;  // it said goodbye; not a failure unless needed
     PeerStats stats;
     // Outgoing.
     uint64_t slots_used = 0;
@@ -168,9 +178,10 @@ class Endpoint {
   Status OnImmediate(uint32_t name, Peer& peer, uint32_t word, Tasks* tasks);
   Status OnMailbox(uint32_t name, Peer& peer, uint32_t slot, Tasks* tasks);
   Status OnControl(uint32_t name, Peer& peer, const std::string& bytes,
-                   Tasks* tasks);
+                   Tasks* tasks, std::vector<Loss>* losses);
+  Loss OnAbort(uint32_t name, const ControlMessage& message) const;
   void HandleEvents(std::vector<DomainGroup::Event>& events, Tasks* tasks,
-                    std::vector<std::pair<uint32_t, Status>>* losses);
+                    std::vector<Loss>* losses);
   void PutStaged(PendingPut put);
   void PumpPuts();
   void CountLocally(uint32_t slot);

@@ -44,8 +44,8 @@ Status Engine::OpenEndpoints() {
     JF_ASSIGN_OR_RETURN(
         endpoints_[rank],
         Endpoint::Open(endpoint_options, std::move(domains),
-                       [this](uint32_t peer, Status status) {
-                         OnLost(peer, std::move(status));
+                       [this](Endpoint::Loss loss) {
+                         OnLost(std::move(loss));
                        }));
   }
   return OkStatus();
@@ -139,16 +139,18 @@ std::vector<OperationPtr> Engine::LiveOperations() const {
 }
 
 void Engine::Fail(Status status, bool tell_peers) {
+  std::optional<uint32_t> lost_rank;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!failure_.ok()) return;
     failure_ = status;
+    if (!lost_ranks_.empty()) lost_rank = lost_ranks_.front();
   }
   for (const OperationPtr& operation : LiveOperations()) {
     operation->Fail(status.Annotate(operation->Describe()));
   }
   for (auto& [rank, endpoint] : endpoints_) {
-    if (tell_peers) endpoint->BroadcastAbort(status.message());
+    if (tell_peers) endpoint->BroadcastAbort(status, lost_rank);
     endpoint->DropWaiting();
   }
 }
@@ -163,14 +165,19 @@ std::vector<uint32_t> Engine::lost_ranks() const {
   return lost_ranks_;
 }
 
-void Engine::OnLost(uint32_t peer, Status status) {
-  const bool told = status.code() == StatusCode::kAborted;
-  if (!told) {
+void Engine::OnLost(Endpoint::Loss loss) {
+  if (loss.rank) {
     std::lock_guard<std::mutex> lock(mutex_);
-    lost_ranks_.push_back(peer);
-    status = status.Annotate("rank " + std::to_string(peer) + " is lost");
+    if (std::find(lost_ranks_.begin(), lost_ranks_.end(), *loss.rank) ==
+        lost_ranks_.end()) {
+      lost_ranks_.push_back(*loss.rank);
+    }
   }
-  Fail(std::move(status), /*tell_peers=*/!told);
+  if (loss.rank && !loss.told) {
+    loss.status =
+        loss.status.Annotate("rank " + std::to_string(*loss.rank) + " is lost");
+  }
+  Fail(std::move(loss.status), /*tell_peers=*/!loss.told);
 }
 
 void Engine::FailExpired() {
@@ -198,6 +205,11 @@ Status Engine::Drain(Deadline deadline) {
     }
   }
   return OkStatus();
+}
+
+void Engine::SayGoodbye() {
+  if (!failure().ok()) return;
+  for (auto& [rank, endpoint] : endpoints_) endpoint->SayGoodbye();
 }
 
 size_t Engine::operations_under_way() const {

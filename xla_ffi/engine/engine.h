@@ -70,6 +70,9 @@ class Engine {
 
   // Waits until nothing posted here is on its way.
   Status Drain(Deadline deadline);
+  // Before it is destroyed, if nothing failed: peers that need nothing more
+  // from here go on undisturbed.
+  void SayGoodbye();
   size_t operations_under_way() const;
 
  private:
@@ -77,7 +80,7 @@ class Engine {
   Status OpenEndpoints();
   void Work();
   void FailExpired();
-  void OnLost(uint32_t peer, Status status);
+  void OnLost(Endpoint::Loss loss);
   std::vector<OperationPtr> LiveOperations() const;
 
   const EngineOptions options_;

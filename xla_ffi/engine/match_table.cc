@@ -65,6 +65,15 @@ std::vector<uint32_t> MatchTable::Missing(MatchKey key) const {
   return missing;
 }
 
+bool MatchTable::Awaits(uint32_t source) const {
+  return std::any_of(entries_.begin(), entries_.end(), [&](const auto& item) {
+    const Entry& entry = item.second;
+    return entry.ready != nullptr && !entry.arrivals.contains(source) &&
+           std::find(entry.sources.begin(), entry.sources.end(), source) !=
+               entry.sources.end();
+  });
+}
+
 std::string MatchTable::DescribeUnmatched() const {
   std::string text;
   size_t shown = 0;

@@ -32,6 +32,8 @@ class MatchTable {
               std::vector<Arrival>* arrivals);
 
   // The sources that the call under `key` still waits for.
+  // Whether anything waits for a message from `source`.
+  bool Awaits(uint32_t source) const;
   std::vector<uint32_t> Missing(MatchKey key) const;
 
   // What has come and matches no call here: "dispatch (jit_f, call 0) from

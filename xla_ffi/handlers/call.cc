@@ -20,6 +20,17 @@ ffi::Future FailedFuture(const Status& status) {
   return future;
 }
 
+namespace {
+
+// An operation that fails on one rank never ends on the others: they are told.
+void GiveUp(Engine& engine, Operation& operation, const Status& status) {
+  const Status annotated = status.Annotate(operation.label());
+  operation.Fail(annotated);
+  engine.Fail(annotated, /*tell_peers=*/true);
+}
+
+}  // namespace
+
 std::vector<uint32_t> Call::Others() const {
   std::vector<uint32_t> others;
   for (uint32_t rank : group.ranks) {
@@ -45,17 +56,15 @@ Outgoing Call::Message(uint32_t destination) const {
   return outgoing;
 }
 
-void Call::Await(
-    std::vector<uint32_t> sources,
-    std::function<Status(const std::vector<Arrival>&)> finish) && {
+void Call::Await(std::vector<uint32_t> sources,
+                 std::function<Status(const std::vector<Arrival>&)> finish) && {
+  // The operation keeps the Fabric, and so the engine.
   auto ready = [operation = operation, endpoint = endpoint,
-                finish = std::move(finish)](
+                engine = fabric->engine.get(), finish = std::move(finish)](
                    const std::vector<Arrival>& arrivals) {
     const Status finished = finish(arrivals);
     for (const Arrival& arrival : arrivals) endpoint->Release(arrival);
-    if (!finished.ok()) {
-      operation->Fail(finished.Annotate(operation->label()));
-    }
+    if (!finished.ok()) GiveUp(*engine, *operation, finished);
   };
   // What has come already saves the way through the worker and the pool.
   endpoint->Progress();
@@ -84,8 +93,18 @@ StatusOr<Call> Resolve(int32_t device, ffi::RunId run_id,
   JF_ASSIGN_OR_RETURN(
       call.group,
       GroupOf(call.fabric->mesh_shape,
-              {attributes.axes.begin(), attributes.axes.size()},
-              rank->second));
+              {attributes.axes.begin(), attributes.axes.size()}, rank->second));
+  const int32_t position = attributes.position.typed_data()[0];
+  if (static_cast<int64_t>(call.group.position) != position) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "device " + std::to_string(device) + " has index " +
+                      std::to_string(position) +
+                      " on the axis in this program's mesh, but " +
+                      std::to_string(call.group.position) +
+                      " in the mesh of the Fabric '" + call.fabric->name +
+                      "': the two order their devices differently; open the "
+                      "Fabric over the program's mesh");
+  }
   call.run_id = run_id.run_id;
   return call;
 }
@@ -138,12 +157,13 @@ ffi::Future RunCall(int32_t device, ffi::RunId run_id,
     call.endpoint->LeaveChannel(channel);
     return FailedFuture(begun.status());
   }
+  Engine* const engine = call.fabric->engine.get();
   call.operation = *std::move(begun);
   call.key = {channel, call.endpoint->NextSequence(channel)};
   call.AdoptKey(call.key);
   OperationPtr operation = call.operation;
   const Status started = start(std::move(call));
-  if (!started.ok()) operation->Fail(started.Annotate(label));
+  if (!started.ok()) GiveUp(*engine, *operation, started);
   const Operation::CompleteHere here;
   operation.reset();
   return future;

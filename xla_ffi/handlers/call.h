@@ -28,12 +28,14 @@ struct CallAttributes {
   std::string_view label;  // "dispatch (jit_step, call 3)"
   double timeout_s;        // <= 0: the Fabric's
   xla::ffi::Span<const int64_t> axes;
+  // This rank's index on the axes, as the program sees it.
+  xla::ffi::Buffer<xla::ffi::S32> position;
   // When the first half of the call began (monotonic), or 0: the time limit
   // counts from there.
   int64_t begun_ns = 0;
 };
 
-// Begins the binding of a handler: context and attributes first.
+// Begins the binding of a handler: context, attributes, first operand.
 inline auto BindCall() {
   return xla::ffi::Ffi::Bind()
       .Ctx<xla::ffi::DeviceOrdinal>()
@@ -42,7 +44,8 @@ inline auto BindCall() {
       .Attr<int64_t>("channel")
       .Attr<std::string_view>("label")
       .Attr<double>("timeout_s")
-      .Attr<xla::ffi::Span<const int64_t>>("axes");
+      .Attr<xla::ffi::Span<const int64_t>>("axes")
+      .Arg<xla::ffi::Buffer<xla::ffi::S32>>();
 }
 
 xla::ffi::Error ToError(const Status& status);

@@ -18,8 +18,8 @@ StatusOr<moe::Layout> LayoutOf(const MoeAttributes& attributes, size_t ranks,
   layout.tokens = static_cast<int32_t>(shape[0]);
   layout.k = static_cast<int32_t>(shape[1]);
   layout.num_experts = static_cast<int32_t>(attributes.num_experts);
-  layout.row_bytes = row_shape[1] * static_cast<int64_t>(
-                                        ffi::ByteWidth(rows.element_type()));
+  layout.row_bytes =
+      row_shape[1] * static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
   layout.capacity = static_cast<int32_t>(attributes.capacity);
   layout.expert_alignment = static_cast<int32_t>(attributes.expert_alignment);
   layout.expand = attributes.expand;

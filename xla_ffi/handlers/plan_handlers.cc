@@ -27,9 +27,9 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 // Both ends of one exchange along a plan, and the operands.
 struct Along {
   moe::Layout layout;
-  moe::SendLists lists;    // as the tokens' rank
-  moe::ReceivePlan plan;   // as the experts' rank
-  const std::byte* rows;   // x or expert rows
+  moe::SendLists lists;   // as the tokens' rank
+  moe::ReceivePlan plan;  // as the experts' rank
+  const std::byte* rows;  // x or expert rows
   moe::RowType type;
   moe::ReduceInput input;  // reduce only
 };
@@ -38,8 +38,8 @@ StatusOr<std::shared_ptr<Along>> MakeAlong(
     const Call& call, const MoeAttributes& attributes, const Buffer& rows,
     const Buffer& ids, const Buffer& recv_count, const Buffer& slot_row) {
   auto along = std::make_shared<Along>();
-  JF_ASSIGN_OR_RETURN(
-      along->layout, LayoutOf(attributes, call.group.ranks.size(), rows, ids));
+  JF_ASSIGN_OR_RETURN(along->layout,
+                      LayoutOf(attributes, call.group.ranks.size(), rows, ids));
   JF_ASSIGN_OR_RETURN(
       along->lists,
       moe::BuildSendLists(along->layout, SpanOf<const int32_t>(ids)));
@@ -58,8 +58,7 @@ void PassToken(Buffer token, Result token_out) {
 }
 
 // Posts one message to each other rank: `bytes` and `pack` by axis position.
-void SendToAll(const Call& call,
-               const std::function<uint64_t(int32_t)>& bytes,
+void SendToAll(const Call& call, const std::function<uint64_t(int32_t)>& bytes,
                const std::function<void(int32_t, std::byte*)>& pack) {
   const size_t ranks = call.group.ranks.size();
   for (size_t i = 1; i < ranks; ++i) {
@@ -107,21 +106,21 @@ Status UnpackReplay(const Along& along, uint32_t position, std::byte* out,
 
 ffi::Future Replay(int32_t device, ffi::RunId run_id, int64_t fabric,
                    int64_t channel, std::string_view label, double timeout_s,
-                   ffi::Span<const int64_t> axes, int64_t num_experts,
+                   ffi::Span<const int64_t> axes,
+                   ffi::Buffer<ffi::S32> position, int64_t num_experts,
                    int64_t capacity, int64_t expert_alignment, bool expand,
                    bool zero_tail, Buffer x, Buffer ids, Buffer recv_count,
                    Buffer slot_row, Buffer token, Result rows,
                    Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(
-            std::shared_ptr<Along> along,
-            MakeAlong(call,
-                      {num_experts, capacity, expert_alignment, expand,
-                       zero_tail},
-                      x, ids, recv_count, slot_row));
+        JF_ASSIGN_OR_RETURN(std::shared_ptr<Along> along,
+                            MakeAlong(call,
+                                      {num_experts, capacity, expert_alignment,
+                                       expand, zero_tail},
+                                      x, ids, recv_count, slot_row));
         SendToAll(
             call,
             [&](int32_t destination) {
@@ -155,7 +154,7 @@ Status AccumulateArrivals(const Along& along, uint32_t position,
                           ReduceResults results,
                           const std::vector<Arrival>& arrivals) {
   const moe::ScopedFloatEnvironment environment;
-  const bool with_scalars = along.input.scalars != nullptr;
+  const bool with_scalars = along.input.with_scalars;
   const auto me = static_cast<int32_t>(position);
   if (along.plan.RowCount(me) != along.lists.RowCount(me)) {
     return Status(StatusCode::kInvalidArgument,
@@ -207,6 +206,7 @@ StatusOr<std::shared_ptr<Along>> PlanReduce(
       .rows = along->rows,
       .per_slot = attributes.expand,
       .weights = weights.empty() ? nullptr : weights.data(),
+      .with_scalars = !scalar_values.empty(),
       .scalars = scalar_values.empty() ? nullptr : scalar_values.data()};
   return along;
 }
@@ -217,7 +217,7 @@ void SendPartials(const Call& call, const std::shared_ptr<Along>& along) {
       [&](int32_t destination) {
         return moe::ReduceMessageBytes(along->layout,
                                        along->plan.RowCount(destination),
-                                       along->input.scalars != nullptr);
+                                       along->input.with_scalars);
       },
       [along](int32_t destination, std::byte* out) {
         const moe::ScopedFloatEnvironment environment;
@@ -240,22 +240,22 @@ void ReceivePartials(Call call, std::shared_ptr<Along> along,
 ffi::Future ReduceWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
                         int64_t channel, std::string_view label,
                         double timeout_s, ffi::Span<const int64_t> axes,
-                        int64_t num_experts, int64_t capacity,
-                        int64_t expert_alignment, bool expand, bool zero_tail,
-                        Buffer rows, Buffer row_weights, Buffer scalars,
-                        Buffer ids, Buffer recv_count, Buffer slot_row,
-                        Buffer token, Result y, Result slot_scalars,
-                        Result token_out) {
+                        ffi::Buffer<ffi::S32> position, int64_t num_experts,
+                        int64_t capacity, int64_t expert_alignment, bool expand,
+                        bool zero_tail, Buffer rows, Buffer row_weights,
+                        Buffer scalars, Buffer ids, Buffer recv_count,
+                        Buffer slot_row, Buffer token, Result y,
+                        Result slot_scalars, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(
             std::shared_ptr<Along> along,
-            PlanReduce(call,
-                       {num_experts, capacity, expert_alignment, expand,
-                        zero_tail},
-                       rows, row_weights, scalars, ids, recv_count, slot_row));
+            PlanReduce(
+                call,
+                {num_experts, capacity, expert_alignment, expand, zero_tail},
+                rows, row_weights, scalars, ids, recv_count, slot_row));
         SendPartials(call, along);
         ReceivePartials(std::move(call), std::move(along),
                         {static_cast<std::byte*>(y->untyped_data()),
@@ -267,23 +267,24 @@ ffi::Future ReduceWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
 ffi::Future ReduceStart(int32_t device, ffi::RunId run_id, int64_t fabric,
                         int64_t channel, std::string_view label,
                         double timeout_s, ffi::Span<const int64_t> axes,
-                        int64_t num_experts, int64_t capacity,
-                        int64_t expert_alignment, bool expand, bool zero_tail,
-                        Buffer rows, Buffer row_weights, Buffer scalars,
-                        Buffer ids, Buffer recv_count, Buffer slot_row,
-                        Buffer token, Result pending, Result token_out) {
+                        ffi::Buffer<ffi::S32> position, int64_t num_experts,
+                        int64_t capacity, int64_t expert_alignment, bool expand,
+                        bool zero_tail, Buffer rows, Buffer row_weights,
+                        Buffer scalars, Buffer ids, Buffer recv_count,
+                        Buffer slot_row, Buffer token, Result pending,
+                        Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         StorePending({call.key, MonotonicNanoseconds()},
                      pending->untyped_data());
         JF_ASSIGN_OR_RETURN(
             std::shared_ptr<Along> along,
-            PlanReduce(call,
-                       {num_experts, capacity, expert_alignment, expand,
-                        zero_tail},
-                       rows, row_weights, scalars, ids, recv_count, slot_row));
+            PlanReduce(
+                call,
+                {num_experts, capacity, expert_alignment, expand, zero_tail},
+                rows, row_weights, scalars, ids, recv_count, slot_row));
         SendPartials(call, along);
         return OkStatus();
       });
@@ -292,24 +293,24 @@ ffi::Future ReduceStart(int32_t device, ffi::RunId run_id, int64_t fabric,
 ffi::Future ReduceDone(int32_t device, ffi::RunId run_id, int64_t fabric,
                        int64_t channel, std::string_view label,
                        double timeout_s, ffi::Span<const int64_t> axes,
-                       int64_t num_experts, int64_t capacity,
-                       int64_t expert_alignment, bool expand, bool zero_tail,
-                       Buffer pending, Buffer rows, Buffer row_weights,
-                       Buffer scalars, Buffer ids, Buffer recv_count,
-                       Buffer slot_row, Buffer token, Result y,
-                       Result slot_scalars, Result token_out) {
+                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
+                       int64_t capacity, int64_t expert_alignment, bool expand,
+                       bool zero_tail, Buffer pending, Buffer rows,
+                       Buffer row_weights, Buffer scalars, Buffer ids,
+                       Buffer recv_count, Buffer slot_row, Buffer token,
+                       Result y, Result slot_scalars, Result token_out) {
   const Pending started = LoadPending(pending.untyped_data());
   return RunCall(
       device, run_id,
-      {fabric, channel, label, timeout_s, axes, started.begun_ns},
+      {fabric, channel, label, timeout_s, axes, position, started.begun_ns},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(
             std::shared_ptr<Along> along,
-            PlanReduce(call,
-                       {num_experts, capacity, expert_alignment, expand,
-                        zero_tail},
-                       rows, row_weights, scalars, ids, recv_count, slot_row));
+            PlanReduce(
+                call,
+                {num_experts, capacity, expert_alignment, expand, zero_tail},
+                rows, row_weights, scalars, ids, recv_count, slot_row));
         call.AdoptKey(started.key);
         ReceivePartials(std::move(call), std::move(along),
                         {static_cast<std::byte*>(y->untyped_data()),

@@ -55,8 +55,10 @@ Status PutOne(const Call& call, const Window& window, const Target& target,
       static_cast<uint64_t>(target.offset) > items - count) {
     return Status(StatusCode::kOutOfRange,
                   "offset=" + std::to_string(target.offset) + " and " +
-                      std::to_string(count) + " elements do not fit a window "
-                      "of " + std::to_string(items) + " elements");
+                      std::to_string(count) +
+                      " elements do not fit a window "
+                      "of " +
+                      std::to_string(items) + " elements");
   }
   call.endpoint->Put(
       call.group.ranks[static_cast<size_t>(target.position)],
@@ -71,32 +73,33 @@ uint64_t ItemBytes(const ffi::AnyBuffer& x) {
 
 ffi::Future Put(int32_t device, ffi::RunId run_id, int64_t fabric,
                 int64_t channel, std::string_view label, double timeout_s,
-                ffi::Span<const int64_t> axes, int64_t window_index, int64_t id,
-                ffi::AnyBuffer x, ffi::Buffer<ffi::S32> dst,
-                ffi::Buffer<ffi::S32> offset, ffi::AnyBuffer token,
-                ffi::Result<ffi::AnyBuffer> token_out) {
+                ffi::Span<const int64_t> axes, ffi::Buffer<ffi::S32> position,
+                int64_t window_index, int64_t id, ffi::AnyBuffer x,
+                ffi::Buffer<ffi::S32> dst, ffi::Buffer<ffi::S32> offset,
+                ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
                             FindWindow(*call.fabric, window_index));
-        return PutOne(call, window,
-                      {dst.typed_data()[0], offset.typed_data()[0],
-                       static_cast<const std::byte*>(x.untyped_data()),
-                       x.size_bytes()},
-                      ItemBytes(x), WindowSlot(window_index, id));
+        return PutOne(
+            call, window,
+            {dst.typed_data()[0], offset.typed_data()[0],
+             static_cast<const std::byte*>(x.untyped_data()), x.size_bytes()},
+            ItemBytes(x), WindowSlot(window_index, id));
       });
 }
 
 ffi::Future Scatter(int32_t device, ffi::RunId run_id, int64_t fabric,
                     int64_t channel, std::string_view label, double timeout_s,
-                    ffi::Span<const int64_t> axes, int64_t window_index,
-                    int64_t id, ffi::AnyBuffer x,
-                    ffi::Buffer<ffi::S32> offsets, ffi::AnyBuffer token,
+                    ffi::Span<const int64_t> axes,
+                    ffi::Buffer<ffi::S32> position, int64_t window_index,
+                    int64_t id, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> offsets,
+                    ffi::AnyBuffer token,
                     ffi::Result<ffi::AnyBuffer> token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
@@ -117,12 +120,12 @@ ffi::Future Scatter(int32_t device, ffi::RunId run_id, int64_t fabric,
 
 ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
                  int64_t channel, std::string_view label, double timeout_s,
-                 ffi::Span<const int64_t> axes, int64_t window_index,
-                 int64_t id, int64_t count, ffi::AnyBuffer token,
-                 ffi::Result<ffi::AnyBuffer> out,
+                 ffi::Span<const int64_t> axes, ffi::Buffer<ffi::S32> position,
+                 int64_t window_index, int64_t id, int64_t count,
+                 ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> out,
                  ffi::Result<ffi::AnyBuffer> token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
@@ -137,9 +140,9 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
         const uint32_t slot = WindowSlot(window_index, id);
         Endpoint* const endpoint = call.endpoint;
         call.operation->SetWaitingFor([endpoint, slot, count] {
-          return std::to_string(count) + " transfers into the window, of which " +
-                 std::to_string(
-                     endpoint->window_counters().Transfers(slot)) +
+          return std::to_string(count) +
+                 " transfers into the window, of which " +
+                 std::to_string(endpoint->window_counters().Transfers(slot)) +
                  " have come";
         });
         auto copy_out = [source = endpoint->heap() +
@@ -159,24 +162,24 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
 
 ffi::Future Barrier(int32_t device, ffi::RunId run_id, int64_t fabric,
                     int64_t channel, std::string_view label, double timeout_s,
-                    ffi::Span<const int64_t> axes, ffi::AnyBuffer token,
+                    ffi::Span<const int64_t> axes,
+                    ffi::Buffer<ffi::S32> position, ffi::AnyBuffer token,
                     ffi::Result<ffi::AnyBuffer> token_out) {
-  return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
-      [&](Call call) -> Status {
-        PassToken(token, token_out);
-        for (uint32_t peer : call.Others()) {
-          Outgoing message = call.Message(peer);
-          message.pack = [](std::byte*) {};
-          call.endpoint->Send(std::move(message));
-        }
-        std::vector<uint32_t> others = call.Others();
-        std::move(call).Await(std::move(others),
-                              [](const std::vector<Arrival>&) {
-                                return OkStatus();
-                              });
-        return OkStatus();
-      });
+  return RunCall(device, run_id,
+                 {fabric, channel, label, timeout_s, axes, position},
+                 [&](Call call) -> Status {
+                   PassToken(token, token_out);
+                   for (uint32_t peer : call.Others()) {
+                     Outgoing message = call.Message(peer);
+                     message.pack = [](std::byte*) {};
+                     call.endpoint->Send(std::move(message));
+                   }
+                   std::vector<uint32_t> others = call.Others();
+                   std::move(call).Await(
+                       std::move(others),
+                       [](const std::vector<Arrival>&) { return OkStatus(); });
+                   return OkStatus();
+                 });
 }
 
 Status CopyExchanged(const std::vector<Arrival>& arrivals, std::byte* target,
@@ -197,11 +200,12 @@ Status CopyExchanged(const std::vector<Arrival>& arrivals, std::byte* target,
 ffi::Future Exchange(int32_t device, ffi::RunId run_id, int64_t fabric,
                      int64_t channel, std::string_view label, double timeout_s,
                      ffi::Span<const int64_t> axes,
+                     ffi::Buffer<ffi::S32> position,
                      ffi::Span<const int64_t> pairs, ffi::AnyBuffer x,
                      ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> y,
                      ffi::Result<ffi::AnyBuffer> token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         const auto* source = static_cast<const std::byte*>(x.untyped_data());
@@ -264,17 +268,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricWait, Wait,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricBarrier, Barrier,
-                              BindCall()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxfabricExchange, Exchange,
-    BindCall()
-        .Attr<ffi::Span<const int64_t>>("pairs")
-        .Arg<ffi::AnyBuffer>()
-        .Arg<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>()
-        .Ret<ffi::AnyBuffer>());
+    JaxfabricBarrier, Barrier,
+    BindCall().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricExchange, Exchange,
+                              BindCall()
+                                  .Attr<ffi::Span<const int64_t>>("pairs")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 }  // namespace jaxfabric

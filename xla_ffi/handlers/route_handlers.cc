@@ -38,8 +38,8 @@ StatusOr<std::shared_ptr<const Route>> PlanRoute(
     const Call& call, const MoeAttributes& attributes, const ffi::AnyBuffer& x,
     const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights) {
   auto route = std::make_shared<Route>();
-  JF_ASSIGN_OR_RETURN(
-      route->layout, LayoutOf(attributes, call.group.ranks.size(), x, ids));
+  JF_ASSIGN_OR_RETURN(route->layout,
+                      LayoutOf(attributes, call.group.ranks.size(), x, ids));
   JF_ASSIGN_OR_RETURN(
       route->lists,
       moe::BuildSendLists(route->layout, SpanOf<const int32_t>(ids)));
@@ -78,8 +78,7 @@ Status Unpack(const Route& route, uint32_t position, RouteResults results,
       continue;
     }
     const Arrival& arrival = arrivals[next++];
-    auto view =
-        moe::ParseRouteMessage(layout, {arrival.data, arrival.length});
+    auto view = moe::ParseRouteMessage(layout, {arrival.data, arrival.length});
     if (!view.ok()) {
       return view.status().Annotate("from rank " +
                                     std::to_string(arrival.source));
@@ -101,11 +100,11 @@ void ReceiveRoutes(Call call, std::shared_ptr<const Route> route,
                    RouteResults results) {
   const uint32_t position = call.group.position;
   std::vector<uint32_t> others = call.Others();
-  std::move(call).Await(
-      std::move(others), [route = std::move(route), position,
-                          results](const std::vector<Arrival>& arrivals) {
-        return Unpack(*route, position, results, arrivals);
-      });
+  std::move(call).Await(std::move(others),
+                        [route = std::move(route), position,
+                         results](const std::vector<Arrival>& arrivals) {
+                          return Unpack(*route, position, results, arrivals);
+                        });
 }
 
 using Buffer = ffi::AnyBuffer;
@@ -132,21 +131,22 @@ void PassToken(Buffer token, Result token_out) {
 ffi::Future RouteWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
                        int64_t channel, std::string_view label,
                        double timeout_s, ffi::Span<const int64_t> axes,
-                       int64_t num_experts, int64_t capacity,
-                       int64_t expert_alignment, bool expand, bool zero_tail,
-                       Buffer x, Buffer ids, Buffer weights, Buffer token,
-                       Result tokens, Result group_sizes, Result row_weights,
-                       Result row_index, Result recv_count, Result slot_row,
-                       Result sent, Result dropped, Result token_out) {
+                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
+                       int64_t capacity, int64_t expert_alignment, bool expand,
+                       bool zero_tail, Buffer x, Buffer ids, Buffer weights,
+                       Buffer token, Result tokens, Result group_sizes,
+                       Result row_weights, Result row_index, Result recv_count,
+                       Result slot_row, Result sent, Result dropped,
+                       Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(
-            auto route, PlanRoute(call,
-                                  {num_experts, capacity, expert_alignment,
-                                   expand, zero_tail},
-                                  x, ids, weights));
+        JF_ASSIGN_OR_RETURN(auto route,
+                            PlanRoute(call,
+                                      {num_experts, capacity, expert_alignment,
+                                       expand, zero_tail},
+                                      x, ids, weights));
         SendRoutes(call, route);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,
@@ -158,21 +158,21 @@ ffi::Future RouteWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
 ffi::Future RouteStart(int32_t device, ffi::RunId run_id, int64_t fabric,
                        int64_t channel, std::string_view label,
                        double timeout_s, ffi::Span<const int64_t> axes,
-                       int64_t num_experts, int64_t capacity,
-                       int64_t expert_alignment, bool expand, bool zero_tail,
-                       Buffer x, Buffer ids, Buffer weights, Buffer token,
-                       Result pending, Result token_out) {
+                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
+                       int64_t capacity, int64_t expert_alignment, bool expand,
+                       bool zero_tail, Buffer x, Buffer ids, Buffer weights,
+                       Buffer token, Result pending, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes},
+      device, run_id, {fabric, channel, label, timeout_s, axes, position},
       [&](Call call) -> Status {
         PassToken(token, token_out);
         StorePending({call.key, MonotonicNanoseconds()},
                      pending->untyped_data());
-        JF_ASSIGN_OR_RETURN(
-            auto route, PlanRoute(call,
-                                  {num_experts, capacity, expert_alignment,
-                                   expand, zero_tail},
-                                  x, ids, weights));
+        JF_ASSIGN_OR_RETURN(auto route,
+                            PlanRoute(call,
+                                      {num_experts, capacity, expert_alignment,
+                                       expand, zero_tail},
+                                      x, ids, weights));
         SendRoutes(call, route);
         return OkStatus();
       });
@@ -180,7 +180,8 @@ ffi::Future RouteStart(int32_t device, ffi::RunId run_id, int64_t fabric,
 
 ffi::Future RouteDone(int32_t device, ffi::RunId run_id, int64_t fabric,
                       int64_t channel, std::string_view label, double timeout_s,
-                      ffi::Span<const int64_t> axes, int64_t num_experts,
+                      ffi::Span<const int64_t> axes,
+                      ffi::Buffer<ffi::S32> position, int64_t num_experts,
                       int64_t capacity, int64_t expert_alignment, bool expand,
                       bool zero_tail, Buffer pending, Buffer x, Buffer ids,
                       Buffer weights, Buffer token, Result tokens,
@@ -190,14 +191,14 @@ ffi::Future RouteDone(int32_t device, ffi::RunId run_id, int64_t fabric,
   const Pending started = LoadPending(pending.untyped_data());
   return RunCall(
       device, run_id,
-      {fabric, channel, label, timeout_s, axes, started.begun_ns},
+      {fabric, channel, label, timeout_s, axes, position, started.begun_ns},
       [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(
-            auto route, PlanRoute(call,
-                                  {num_experts, capacity, expert_alignment,
-                                   expand, zero_tail},
-                                  x, ids, weights));
+        JF_ASSIGN_OR_RETURN(auto route,
+                            PlanRoute(call,
+                                      {num_experts, capacity, expert_alignment,
+                                       expand, zero_tail},
+                                      x, ids, weights));
         call.AdoptKey(started.key);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,

@@ -133,7 +133,7 @@ std::vector<float> GatherWeights(const Layout& layout, const SendLists& lists,
   return gathered;
 }
 
-Status Damaged(std::string what) {
+Status Damaged(const std::string& what) {
   return Status(StatusCode::kDataLoss, "damaged message: " + what);
 }
 

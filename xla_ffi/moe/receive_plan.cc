@@ -9,7 +9,7 @@
 namespace jaxfabric::moe {
 namespace {
 
-Status Refuse(std::string what) {
+Status Refuse(const std::string& what) {
   return Status(
       StatusCode::kInvalidArgument,
       what + ": the plan was changed, or belongs to another dispatch");

@@ -169,6 +169,12 @@ class NativeFabric {
 
   size_t OperationsUnderWay() const { return engine().operations_under_way(); }
 
+  // Ends the generation on all ranks.
+  void Abort(const std::string& why) {
+    nb::gil_scoped_release release;
+    engine().Fail(Status(StatusCode::kAborted, why), /*tell_peers=*/true);
+  }
+
   // What is under way fails with "closed". Returns once it let go of its
   // buffers, or after a bounded time.
   void Close() {
@@ -176,6 +182,7 @@ class NativeFabric {
     nb::gil_scoped_release release;
     if (key_) FabricRegistry::Get().Remove(*key_);
     (void)engine().Drain(Deadline::AfterSeconds(kCloseDrainS));
+    engine().SayGoodbye();
     engine().Fail(Status(StatusCode::kFailedPrecondition,
                          "the Fabric '" + fabric_->name + "' was closed"),
                   /*tell_peers=*/false);
@@ -221,6 +228,7 @@ void RegisterFabric(nb::module_& m) {
       .def("drain", &NativeFabric::Drain)
       .def("stats", &NativeFabric::Stats)
       .def("operations_under_way", &NativeFabric::OperationsUnderWay)
+      .def("abort", &NativeFabric::Abort)
       .def("close", &NativeFabric::Close);
 }
 

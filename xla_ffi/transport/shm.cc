@@ -381,8 +381,11 @@ std::byte* ShmDomain::DirectPointer(PeerId id, RemoteSpan remote,
     return id < peers_.size() && peers_[id] != nullptr;
   };
   if (!known()) return nullptr;
-  std::shared_ptr<ShmMapping> mapping = peers_[id]->direct[remote.key];
-  if (mapping == nullptr) {
+  const auto found = peers_[id]->direct.find(remote.key);
+  std::shared_ptr<ShmMapping> mapping;
+  if (found != peers_[id]->direct.end()) {
+    mapping = found->second;
+  } else {
     const std::shared_ptr<ShmLink> link = peers_[id]->attachment.link;
     const ShmAddress address = peers_[id]->address;
     lock.unlock();  // the peer may let us wait; the owner must not
