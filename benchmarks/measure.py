@@ -45,10 +45,15 @@ def time_call(call: Callable[[], Any], iterations: int, warm_up: int = 3) -> Tim
         jax.block_until_ready(call())
     seconds = []
     for _ in range(iterations):
-        begin = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(seconds_of(call))
     return slowest_rank(seconds)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """How long ``call`` takes in this process until its results are there."""
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
 
 
 def time_memcpy(bytes_: int, iterations: int) -> Times:

@@ -7,6 +7,7 @@ one tensor per expert and matrix (names as on the model hub) or one for all expe
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -60,7 +61,7 @@ class Checkpoint:
         self._slices: dict[str, Callable[[], Any]] = {}
         if isinstance(source, Mapping):
             for name, value in source.items():
-                self._slices[name] = lambda value=value: np.asarray(value)
+                self._slices[name] = functools.partial(np.asarray, value)
             return
         try:
             from safetensors import safe_open
@@ -71,7 +72,7 @@ class Checkpoint:
         for path in _files(source):
             file = self._open.enter_context(safe_open(path, framework="np"))
             for name in file.keys():
-                self._slices[name] = lambda file=file, name=name: file.get_slice(name)
+                self._slices[name] = functools.partial(file.get_slice, name)
 
     def __enter__(self) -> Checkpoint:
         return self

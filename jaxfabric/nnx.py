@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -20,8 +21,12 @@ from jaxfabric.moe import _api, _checks, _vjp
 from jaxfabric.moe.routers import Router, mixtral, qwen3_moe
 
 _Array = jax.Array
+_Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 GroupedMatmul = Callable[[_Array, _Array, _Array], _Array]
 
+# Names of the parameters.
+ROUTED = ("gate", "w_gate", "w_up", "w_down")
+SHARED = ("shared_gate", "shared_up", "shared_down")
 ROUTERS: dict[str, Router] = {"mixtral": mixtral, "qwen3_moe": qwen3_moe}
 
 
@@ -158,7 +163,7 @@ class MoE(nnx.Module):
         value = init(rngs.params(), shape, dtype)
         return nnx.Param(value, out_sharding=spec, **placed)
 
-    def __call__(self, x: _Array, return_stats: bool = False) -> Any:
+    def __call__(self, x: _Array | np.ndarray, return_stats: bool = False) -> Any:
         """Applies the layer to x [..., D], at least two dimensions.
 
         The first dimension of ``x`` is split over the mesh and must be divisible by
@@ -178,27 +183,30 @@ class MoE(nnx.Module):
             )
         weights = self._weights()
         dtype = self.dtype or jnp.result_type(x.dtype, self.w_gate.dtype)
-        operands = jax.tree.map(lambda a: a.astype(dtype), (x, weights))
+        tokens = jnp.asarray(x, dtype)
+        weights = {name: w.astype(dtype) for name, w in weights.items()}
         if set(self.axis_name) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-            return self._local(*operands, return_stats)
-        return self._sharded(op, *operands, return_stats)
+            return self._local(tokens, weights, return_stats)
+        return self._sharded(op, tokens, weights, return_stats)
 
-    def _weights(self) -> dict[str, _Array]:
-        names = ("gate", "w_gate", "w_up", "w_down")
-        names += ("shared_gate", "shared_up", "shared_down")
-        params = {name: getattr(self, name) for name in names}
-        return {name: p[...] for name, p in params.items() if p is not None}
-
-    def _sharded(
-        self, op: str, x: _Array, weights: dict[str, _Array], return_stats: bool
-    ) -> Any:
-        """Opens the shard_map; the layer stands outside of any over its axis."""
+    def _mesh(self, op: str) -> _Mesh:
         mesh = find_mesh(self.mesh, self.axis_name)
         if mesh is None:
             raise ValueError(
                 f"{op}: found no mesh with axis {self.axis_name}; pass mesh=, or call "
                 "it under jax.set_mesh(mesh) or an open jf.Fabric(mesh)"
             )
+        return mesh
+
+    def _weights(self) -> dict[str, _Array]:
+        params = {name: getattr(self, name) for name in (*ROUTED, *SHARED)}
+        return {name: p[...] for name, p in params.items() if p is not None}
+
+    def _sharded(
+        self, op: str, x: _Array, weights: dict[str, _Array], return_stats: bool
+    ) -> Any:
+        """Opens the shard_map; the layer stands outside of any over its axis."""
+        mesh = self._mesh(op)
         axes = tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
         size = math.prod(mesh.shape[a] for a in axes)
         if x.shape[0] % size:
@@ -211,8 +219,10 @@ class MoE(nnx.Module):
         specs = {n: experts if n.startswith("w_") else P() for n in weights}
         out_specs: Any = tokens
         if return_stats:
-            dispatch = moe.DispatchStats(*[tokens] * 4)
-            out_specs = (tokens, MoEStats(P(), P(), dispatch))
+            # shard_map takes one spec for a whole subtree.
+            by_rank: Any = tokens
+            whole: Any = P()
+            out_specs = (tokens, MoEStats(whole, whole, by_rank))
         mapped = jax.shard_map(
             lambda x, w: self._local(x, w, return_stats),
             mesh=mesh,
@@ -308,26 +318,21 @@ class MoE(nnx.Module):
 
           layer.load_hf("checkpoint/", "model.layers.0.mlp")
         """
-        names = ["gate", "w_gate", "w_up", "w_down"]
-        if self.shared_gate is not None:
-            names += ["shared_gate", "shared_up", "shared_down"]
+        names = ROUTED if self.shared_gate is None else (*ROUTED, *SHARED)
         with _hf_weights.Checkpoint(source, prefix) as checkpoint:
             for name in names:
                 param = getattr(self, name)
                 value = param.get_value()
                 sharding = getattr(value, "sharding", None)
                 if sharding is None:  # abstract, from nnx.eval_shape
-                    mesh = find_mesh(self.mesh, self.axis_name)
                     spec = P(*param.get_metadata()["out_sharding"])
-                    sharding = NamedSharding(mesh, spec)
+                    sharding = NamedSharding(self._mesh("jf.nnx.MoE.load_hf"), spec)
                 param.set_value(
                     checkpoint.read(name, value.shape, value.dtype, sharding)
                 )
 
 
-def find_mesh(
-    given: jax.sharding.Mesh | None, axis: tuple[str, ...]
-) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
+def find_mesh(given: _Mesh | None, axis: tuple[str, ...]) -> _Mesh | None:
     """The context's mesh if it has the axis, else the given, else the Fabric's."""
     context = jax.sharding.get_abstract_mesh()
     if set(axis) <= set(context.axis_names):

@@ -1,6 +1,9 @@
 """Programs that dead-lock a simpler library; test_dispatch_order.py runs each by itself.
 
 Usage: python dispatch_order_cases.py CASE
+
+Programs return the tokens of their independent calls: XLA would put those that nobody
+uses into one buffer, and so run the calls one after the other.
 """
 
 from __future__ import annotations
@@ -50,10 +53,10 @@ def equal(got: jax.Array, want: np.ndarray) -> None:
 
 def independent_exchanges() -> None:
     """48 calls that nothing orders; devices start them in different orders."""
-    run = compiled(lambda x: [exchange(x + i)[0] for i in range(48)])
+    run = compiled(lambda x: [exchange(x + i) for i in range(48)])
     x = spread(X)
     for _ in range(15):
-        for i, y in enumerate(run(x)):
+        for i, (y, _) in enumerate(run(x)):
             equal(y, LEFT + i)
 
 
@@ -62,31 +65,35 @@ def independent_mix() -> None:
     win = OPEN.window(1024, np.float32)
 
     def program(x: jax.Array) -> Any:
-        outs = []
+        outs, tokens = [], []
         ids = jnp.arange(8, dtype=jnp.int32)[:, None]
         ones = jnp.ones((8, 1), jnp.float32)
         right = (lax.axis_index("x") + 1) % N
         for i in range(12):
-            outs.append(exchange(x + i)[0])
+            y, token = exchange(x + i)
+            outs.append(y)
             outs.append(x + jf.barrier("x")[:, None])
+            tokens.append(token)
             d = jf.moe.dispatch(
                 *((x + i).reshape(8, 128), ids, ones),
                 axis_name="x",
                 num_experts=N,
             )
-            outs.append(jf.moe.combine(d.tokens, d.plan).reshape(1, 1024))
+            y, token = jf.moe.combine(d.tokens, d.plan, token=jf.token())
+            outs.append(y.reshape(1, 1024))
+            tokens.append(token)
         token = jf.token()
         for i in range(12):
             token = jf.put(win, x[0] + i, right, axis_name="x", id=i, token=token)
             y, token = jf.wait(win, axis_name="x", id=i, token=token)
             token = jf.barrier("x", token=token)
             outs.append(y[None])
-        return outs
+        return outs, tokens
 
     run = compiled(program)
     x = spread(X)
     for _ in range(10):
-        got = run(x)
+        got, _ = run(x)
         for i in range(12):
             for y, want in zip(
                 got[3 * i : 3 * i + 3], (LEFT + i, X, X + i), strict=True
@@ -122,13 +129,15 @@ def psum_of_each_result() -> None:
     """XLA's collective runs on the thread that completes our call."""
 
     def program(x: jax.Array) -> Any:
-        sums = [lax.psum(exchange(x + i)[0], "x") for i in range(16)]
-        return [lax.pcast(s, "x", to="varying") for s in sums]
+        calls = [exchange(x + i) for i in range(16)]
+        sums = [lax.psum(y, "x") for y, _ in calls]
+        tokens = [token for _, token in calls]
+        return [lax.pcast(s, "x", to="varying") for s in sums], tokens
 
     run = compiled(program)
     x = spread(X)
     for _ in range(20):
-        for i, y in enumerate(run(x)):
+        for i, y in enumerate(run(x)[0]):
             equal(y, np.tile(X.sum(0) + N * i, (N, 1)))
 
 

@@ -33,10 +33,9 @@ def config(kind: str, hidden: int, ff: int, experts: int, k: int, **more: Any) -
 
 
 def random_case(
-    kind: str, seed: int, tokens: int, hidden: int, ff: int, experts: int, k: int
+    seed: int, tokens: int, hidden: int, ff: int, experts: int, k: int
 ) -> dict[str, np.ndarray]:
     """Weights as a model starts with, scaled to give outputs of order 1."""
-    del kind
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, fan_in: int = 1) -> np.ndarray:
@@ -83,7 +82,7 @@ def torch_block(kind: str, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     weights = {name.removeprefix("mlp."): torch.tensor(case[name]) for name in WEIGHTS}
     block.load_state_dict(weights)
     block.eval()
-    x = torch.tensor(case["x"])[None].requires_grad_()
+    x: Any = torch.tensor(case["x"])[None].requires_grad_()
     y = block(x)
     y.backward(torch.tensor(case["dy"])[None])
     result = {"y": y[0], "dx": x.grad[0]}

@@ -29,7 +29,9 @@ class RankOut:
     unique: list[tuple[int, int]]
 
 
-def num_rows(n, t, k, local, capacity, alignment):
+def num_rows(
+    n: int, t: int, k: int, local: int, capacity: int | None, alignment: int
+) -> int:
     """R."""
     most = n * t * min(k, local)
     if capacity is not None and capacity < most:
@@ -38,7 +40,16 @@ def num_rows(n, t, k, local, capacity, alignment):
     return rows - rows % alignment
 
 
-def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand=True):
+def dispatch(
+    x: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    alignment: int = 1,
+    expand: bool = True,
+) -> list[RankOut]:
     """x[N, T, D], ids[N, T, K], weights[N, T, K] of all ranks -> list of RankOut."""
     n, t, d = x.shape
     k = ids.shape[2]
@@ -48,7 +59,8 @@ def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand
     result = []
     for rank in range(n):
         mine = range(rank * local, (rank + 1) * local)
-        unique, arrivals = [], []
+        unique: list[tuple[int, int]] = []
+        arrivals: list[tuple[int, int, int, int, int]] = []
         recv = np.zeros(n, np.int32)
         for s in range(n):
             for i in range(t):
@@ -61,11 +73,12 @@ def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand
                 recv[s] += 1
         kept = arrivals if capacity is None else arrivals[:capacity]
         groups = [[a for a in kept if ids[a[0], a[1], a[2]] == e] for e in mine]
+        row_index = np.full(rows, -1, np.int32)
         out = RankOut(
             tokens=np.zeros((rows, d), x.dtype),
             group_sizes=np.zeros(local, np.int32),
             weights=np.zeros(rows, np.float32),
-            row_index=np.full(rows, -1, np.int32),
+            row_index=None if expand else row_index,
             recv_count=recv,
             slot_row=np.full((n * t, slots), -1, np.int32),
             sent=np.zeros(n, np.int32),
@@ -79,7 +92,7 @@ def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand
             for s, i, j, u, q in group:
                 out.tokens[row] = x[s, i]
                 out.weights[row] = weights[s, i, j]
-                out.row_index[row] = u
+                row_index[row] = u
                 out.slot_row[u, q] = row
                 out.origin[row] = (s, i, j)
                 row += 1
@@ -90,8 +103,6 @@ def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand
             out.tokens = np.zeros((n * t, d), x.dtype)
             for u, (s, i) in enumerate(unique):
                 out.tokens[u] = x[s, i]
-        else:
-            out.row_index = None
         for dst in range(n):
             theirs = range(dst * local, (dst + 1) * local)
             out.sent[dst] = sum(
@@ -101,18 +112,24 @@ def dispatch(x, ids, weights, num_experts, *, capacity=None, alignment=1, expand
     return result
 
 
-def combine(rows, outs, shape, *, weighted=True):
+def combine(
+    rows: np.ndarray,
+    outs: list[RankOut],
+    shape: tuple[int, ...],
+    *,
+    weighted: bool = True,
+) -> np.ndarray:
     """rows[N, R, D] and dispatch's result -> y[N, T, D], in float64 sums."""
     y = np.zeros(shape, np.float64)
     for out, mine in zip(outs, rows, strict=True):
-        partial = {}
+        partial: dict[tuple[int, int], np.ndarray] = {}
         for row, origin in enumerate(out.origin):
             if origin is None:
                 continue
             s, i, _ = origin
             w = np.float64(out.weights[row]) if weighted else 1.0
             value = w * mine[row].astype(np.float64)
-            partial[s, i] = partial.get((s, i), 0.0) + value
+            partial[s, i] = partial.get((s, i), np.zeros_like(value)) + value
         for (s, i), value in partial.items():
             # What travels is rounded to the dtype of the rows.
             y[s, i] += value.astype(rows.dtype).astype(np.float64)
@@ -131,7 +148,9 @@ ROUTINGS = (
 )
 
 
-def routing(kind, rng, n, t, k, num_experts):
+def routing(
+    kind: str, rng: np.random.Generator, n: int, t: int, k: int, num_experts: int
+) -> np.ndarray:
     """ids int32[n, t, k] of a named kind; no expert twice in a token."""
     ids = np.stack([rng.permutation(num_experts)[:k] for _ in range(n * t)])
     ids = ids.reshape(n, t, k).astype(np.int32)

@@ -29,7 +29,7 @@ class Block(linen.Module):
 
 def test_init_apply_grad() -> None:
     mesh = make_mesh(4)
-    layer = jaxfabric.linen.MoE(D, F, E, K, mesh=mesh, router="mixtral")
+    layer: Any = jaxfabric.linen.MoE(D, F, E, K, mesh=mesh, router="mixtral")
     x = np.random.default_rng(0).normal(size=(8, D)).astype(np.float32)
     variables = layer.init(jax.random.key(0), x)
     params = linen.unbox(variables)["params"]
@@ -57,7 +57,7 @@ def test_init_apply_grad() -> None:
 
 
 def test_inside_of_a_model() -> None:
-    model = Block(make_mesh(4))
+    model: Any = Block(make_mesh(4))
     x = np.random.default_rng(0).normal(size=(8, D)).astype(np.float32)
     variables = model.init(jax.random.key(0), x)
     params = linen.unbox(variables)["params"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ def call(
     ids: Any = ((T, K), "int32"),
     weights: Any = ((T, K), "float32"),
     start: bool = False,
-    **options: Any,
+    **changes: Any,
 ) -> moe.Dispatched:
     x, ids, weights = (jnp.zeros(*a) for a in (x, ids, weights))
-    options = {"axis_name": "expert", "num_experts": E} | options
+    options: dict[str, Any] = {"axis_name": "expert", "num_experts": E} | changes
     if start:
         return moe.dispatch_done(moe.dispatch_start(x, ids, weights, **options))
     return moe.dispatch(x, ids, weights, **options)
@@ -167,22 +167,28 @@ def test_combine(
 
 
 def test_wrong_kind_of_plan_or_pending() -> None:
+    wrong: Any = None
     with pytest.raises(
         TypeError, match=r"combine: plan must be the \.plan of .*Dispatched"
     ):
-        traced(lambda: moe.combine(jnp.zeros((16, D)), call()))
+        traced(lambda: moe.combine(jnp.zeros((16, D)), cast(Any, call())))
     with pytest.raises(
         TypeError, match="dispatch_done: pending must come from dispatch_s"
     ):
-        moe.dispatch_done(None)
+        moe.dispatch_done(wrong)
     with pytest.raises(
         TypeError, match="combine_done: pending must come from combine_st"
     ):
-        moe.combine_done(None)
+        moe.combine_done(wrong)
 
 
 def test_plan_of_another_mesh() -> None:
-    kept = []
-    traced(lambda: kept.append(call().plan) or jnp.zeros(()))
+    kept: list[moe.Plan] = []
+
+    def keep() -> jax.Array:
+        kept.append(call().plan)
+        return jnp.zeros(())
+
+    traced(keep)
     with pytest.raises(ValueError, match="plan is for 2 ranks but axis 'expert' has 4"):
         traced(lambda: moe.combine(jnp.zeros((16, D)), kept[0]), make_mesh(4))

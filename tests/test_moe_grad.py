@@ -42,7 +42,7 @@ def sharded(mesh: Any, ids: np.ndarray, form: str, **options: Any) -> Any:
         d = moe.dispatch(x, ids, weights, axis_name="expert", num_experts=E, **options)
         return moe.combine(experts(d, w), d.plan)
 
-    def halves(x: Any, ids: Any, weights: Any, w: Any) -> jax.Array:
+    def halves(x: Any, ids: Any, weights: Any, w: Any) -> Any:
         flight = moe.dispatch_start(
             *(x, ids, weights), axis_name="expert", num_experts=E, **options
         )
@@ -101,8 +101,10 @@ def test_gradients(implementation: str, form: str, options: Any) -> None:
             mask = kept(ids, options.get("capacity"))
             assert (mask.sum() < (ids >= 0).sum()) == ("capacity" in options)
 
-            def plain(*operands: Any, ids: Any = ids, mask: Any = mask) -> jax.Array:
-                return dense(*operands, ids, mask)
+            def plain(
+                x: Any, weights: Any, w: Any, ids: Any = ids, mask: Any = mask
+            ) -> jax.Array:
+                return dense(x, weights, w, ids, mask)
 
             program = sharded(mesh, ids, form, implementation=implementation, **options)
             got = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)

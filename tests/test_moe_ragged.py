@@ -92,7 +92,10 @@ def test_lowers_for_accelerators(platform: str) -> None:
     w = np.zeros((E, D, D), np.float32)
     spec = P("expert")
     mapped = jax.shard_map(
-        lambda *a: layer(*a, "ragged")[1], mesh=mesh, in_specs=spec, out_specs=spec
+        lambda x, ids, weights, w: layer(x, ids, weights, w, "ragged")[1],
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
     )
     arrays = on_mesh(mesh, spec, x[0], ids[0], weights[0], w)
     grad = jax.jit(jax.grad(lambda *a: mapped(*a).sum(), (0, 2, 3)))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfabric.moe.routers import mixtral, qwen3_moe
+from jaxfabric.moe.routers import Router, mixtral, qwen3_moe
 
-LOGITS = np.log(np.array([[1.0, 3.0, 6.0], [5.0, 1.0, 4.0]], np.float32))
+LOGITS = jnp.log(jnp.array([[1.0, 3.0, 6.0], [5.0, 1.0, 4.0]], jnp.float32))
 
 
 def test_by_hand() -> None:
@@ -24,7 +24,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("router", [mixtral, qwen3_moe])
-def test_float32_whatever_comes(router) -> None:
+def test_float32_whatever_comes(router: Router) -> None:
     logits = jax.random.normal(jax.random.key(0), (4, 5, 16)).astype(jnp.bfloat16)
     ids, weights = router(logits, 4)
     assert ids.shape == weights.shape == (4, 5, 4)
@@ -32,11 +32,11 @@ def test_float32_whatever_comes(router) -> None:
     assert weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     exact = np.sort(np.asarray(logits, np.float32))[..., :-5:-1]
-    np.testing.assert_array_equal(np.take_along_axis(logits, ids, -1), exact)
+    np.testing.assert_array_equal(jnp.take_along_axis(logits, ids, -1), exact)
 
 
 @pytest.mark.parametrize("router", [mixtral, qwen3_moe])
 @pytest.mark.parametrize("k", [0, 4])
-def test_too_many_experts(router, k: int) -> None:
+def test_too_many_experts(router: Router, k: int) -> None:
     with pytest.raises(ValueError, match=f"num_experts_per_tok={k} .* 3 experts"):
         router(LOGITS, k)

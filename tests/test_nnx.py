@@ -23,12 +23,23 @@ from jaxfabric.nnx import MoE, find_mesh
 D, F, E, K, B, S = 8, 12, 8, 2, 8, 3
 
 
-def make_layer(mesh: Any, **options: Any) -> MoE:
+def make_layer(mesh: Any, **options: Any) -> Any:
     return MoE(D, F, E, K, mesh=mesh, rngs=nnx.Rngs(0), **options)
 
 
-def tokens(seed: int = 1, dtype: Any = np.float32) -> np.ndarray:
+def tokens(seed: int = 1, dtype: Any = np.float32) -> Any:
     return np.random.default_rng(seed).normal(size=(B, S, D)).astype(dtype)
+
+
+@nnx.jit
+def apply(layer: MoE, x: Any) -> Any:
+    """Compiled: op by op a sharded layer takes seconds."""
+    return layer(x)
+
+
+@nnx.jit
+def apply_with_stats(layer: MoE, x: Any) -> Any:
+    return layer(x, return_stats=True)
 
 
 def dense(layer: MoE, x: Any) -> jax.Array:
@@ -99,7 +110,7 @@ def test_balance_loss_has_a_gradient() -> None:
 
 def test_capacity_drops_and_counts() -> None:
     layer = make_layer(make_mesh(4), capacity=1)
-    y, stats = layer(tokens(), return_stats=True)
+    y, stats = apply_with_stats(layer, tokens())
     assert int(stats.dispatch.dropped_at_receiver.sum()) == B * S * K - 4
     assert (abs(y).max(-1) == 0).sum() >= B * S - 4
 
@@ -147,7 +158,7 @@ def test_transforms(implementation: str) -> None:
     for i in range(3):
         for name in ("gate", "w_gate", "w_up", "w_down"):
             want = grads[i][name][...]
-            close = {"rtol": 0, "atol": 1e-5 * float(abs(want).max())}
+            close: Any = {"rtol": 0, "atol": 1e-5 * float(abs(want).max())}
             np.testing.assert_allclose(stacked_grads[name][...][i], want, **close)
             np.testing.assert_allclose(more_grads[i][name][...], want, **close)
 
@@ -162,7 +173,7 @@ def test_nnx_scan_over_layers() -> None:
         return MoE(D, F, E, K, mesh=mesh, rngs=rngs)
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    def apply(layer: MoE, x: Any) -> Any:
+    def stack(layer: MoE, x: Any) -> Any:
         return x + layer(x)
 
     layers = build(nnx.Rngs(0))
@@ -171,8 +182,8 @@ def test_nnx_scan_over_layers() -> None:
     for i in range(3):
         graphdef, state = nnx.split(layers)
         one = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
-        want = want + one(want)
-    np.testing.assert_allclose(nnx.jit(apply)(layers, x), want, rtol=1e-5, atol=1e-5)
+        want = want + apply(one, want)
+    np.testing.assert_allclose(nnx.jit(stack)(layers, x), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", ["argument", "context", "both"])
@@ -182,7 +193,7 @@ def test_explicit_mesh(given: str) -> None:
         (2, 4), ("data", "expert"), axis_types=(AxisType.Explicit,) * 2
     )
     auto = make_mesh((2, 4), ("data", "expert"))
-    want = make_layer(auto)(tokens())
+    want = apply(make_layer(auto), tokens())
     argument = mesh if given != "context" else None
     context = (
         jax.set_mesh(mesh) if given != "argument" else jax.set_mesh(auto.empty_mesh)
@@ -194,7 +205,7 @@ def test_explicit_mesh(given: str) -> None:
             y = nnx.jit(lambda layer, x: x + layer(x))(layer, x)
             np.testing.assert_allclose(y - x, want, rtol=0, atol=1e-6)
             assert y.sharding.is_equivalent_to(x.sharding, 3)
-            grads = nnx.grad(lambda layer, x: (layer(x) ** 2).sum())(layer, x)
+            grads = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))(layer, x)
             assert grads["w_up"][...].sharding.spec[0] == "expert"
 
 
@@ -209,20 +220,18 @@ def test_inside_of_the_callers_shard_map() -> None:
         y, stats = nnx.merge(graphdef, state)(x, return_stats=True)
         return y, stats.expert_load
 
-    specs = jax.tree.map(lambda v: P("expert") if v.ndim == 3 else P(), nnx.pure(state))
+    # Parameters of three dimensions are the experts'.
+    leaves, structure = jax.tree.flatten(state)
+    specs = [P("expert") if leaf.ndim == 3 else P() for leaf in leaves]
     both = P(("data", "expert"))
     whole = jax.shard_map(
-        lambda pure, x: (
-            inside(nnx.from_pure_dict(state, pure), x)
-            if hasattr(nnx, "from_pure_dict")
-            else inside(rebuild(state, pure), x)
-        ),
+        lambda leaves, x: inside(jax.tree.unflatten(structure, leaves), x),
         mesh=mesh,
         in_specs=(specs, both),
         out_specs=(both, P()),
     )
-    y, load = jax.jit(whole)(nnx.pure(state), x)
-    want, stats = layer(x, return_stats=True)
+    y, load = jax.jit(whole)(leaves, x)
+    want, stats = apply_with_stats(layer, x)
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(load, stats.expert_load)
 
@@ -236,17 +245,10 @@ def test_inside_of_the_callers_shard_map() -> None:
     np.testing.assert_allclose(jax.jit(nested)(x), want, rtol=0, atol=1e-6)
 
 
-def rebuild(state: Any, pure: Any) -> Any:
-    """The state with other values."""
-    state = jax.tree.map(lambda a: a, state)
-    nnx.replace_by_pure_dict(state, pure)
-    return state
-
-
 def test_low_precision() -> None:
     mesh = make_mesh(4)
     layer = make_layer(mesh, dtype=jnp.bfloat16)
-    y = layer(tokens())
+    y = apply(layer, tokens())
     assert y.dtype == jnp.bfloat16
     assert layer.w_up[...].dtype == jnp.float32
     np.testing.assert_allclose(
@@ -254,8 +256,8 @@ def test_low_precision() -> None:
     )
     small = make_layer(mesh, param_dtype=jnp.bfloat16)
     assert small.gate[...].dtype == jnp.bfloat16
-    assert small(tokens()).dtype == jnp.float32
-    assert small(tokens(dtype=jnp.bfloat16)).dtype == jnp.bfloat16
+    assert apply(small, tokens()).dtype == jnp.float32
+    assert apply(small, tokens(dtype=jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_own_router_and_grouped_matmul() -> None:
@@ -271,7 +273,7 @@ def test_own_router_and_grouped_matmul() -> None:
         return jnp.where(ids < E // 2, ids, -1), weights
 
     layer = make_layer(make_mesh(4), router=first_half, grouped_matmul=dot)
-    y, stats = layer(tokens(), return_stats=True)
+    y, stats = apply_with_stats(layer, tokens())
     assert len(calls) == 3
     assert not stats.expert_load[E // 2 :].any()
     assert 0 < int(stats.expert_load.sum()) < B * S * K
@@ -299,7 +301,12 @@ def dense_skipping(layer: MoE, x: np.ndarray) -> Any:
     ],
 )
 def test_bad_construction(change: Any, message: str) -> None:
-    options = {"d_model": D, "d_ff": F, "num_experts": E, "num_experts_per_tok": K}
+    options: dict[str, Any] = {
+        "d_model": D,
+        "d_ff": F,
+        "num_experts": E,
+        "num_experts_per_tok": K,
+    }
     with pytest.raises(ValueError, match=message):
         MoE(**(options | change), rngs=nnx.Rngs(0))
 
@@ -321,7 +328,7 @@ def test_bad_calls() -> None:
             ValueError, match="num_experts=6 is not divisible by the 4 ranks"
         ),
     ):
-        nnx.jit(lambda layer, x: layer(x))(uneven, np.zeros((4, D), np.float32))
+        apply(uneven, np.zeros((4, D), np.float32))
 
 
 # Checkpoints.
@@ -425,8 +432,8 @@ def test_load_hf_reads_only_local_experts(kind: str) -> None:
             return array
 
         checkpoint._slices[name] = recorded
-    load = checkpoint._loader("w_up", (E, D, F))
-    load((slice(2, 4), slice(None), slice(None)))
+    read = checkpoint._loader("w_up", (E, D, F))
+    read((slice(2, 4), slice(None), slice(None)))
     if kind == "fused":
         (index,) = asked["m.experts.gate_up_proj"]
         assert index[0] == slice(2, 4)

@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <future>
+#include <optional>
 #include <utility>
 
 #include "tests/cpp/transport_conformance.h"
@@ -376,21 +377,31 @@ TEST_F(ShmTest, WithoutTheSecretThereIsNoMemory) {
 
 TEST_F(ShmTest, PeersMaxIsKeptAndFreedPlacesAreUsedAgain) {
   const std::unique_ptr<Transport> small =
-      *OpenShmTransport({.job_secret = kSecret, .peers_max = 1});
+      *OpenShmTransport({.job_secret = kSecret, .peers_max = 2});
   ConformanceRank target(*small, 64);
+  const NetAddr address = target.domain().address();
+  const auto add = [&] {
+    return right_.domain().AddPeer(address, Deadline::AfterSeconds(5));
+  };
+  const auto has_room = [&] { return add().ok(); };
+  ConformanceRank second(*left_transport_, 64);
   const PeerId peer = left_.Add(target);
-  const StatusOr<PeerId> refused = right_.domain().AddPeer(
-      target.domain().address(), Deadline::AfterSeconds(5));
-  EXPECT_EQ(refused.status().code(), StatusCode::kResourceExhausted);
+  second.Add(target);  // keeps the connection of the left Transport in use
+  EXPECT_EQ(add().status().code(), StatusCode::kResourceExhausted);
   left_.domain().RemovePeer(peer);
-  bool added = false;
-  PollUntil(target, [&] {
-    added = right_.domain()
-                .AddPeer(target.domain().address(), Deadline::AfterSeconds(5))
-                .ok();
-    return added;
-  });
-  EXPECT_TRUE(added);
+  ASSERT_TRUE(PollUntil(target, has_room));
+  // A process that goes without a word leaves its place too.
+  right_.domain().RemovePeer(*add());
+  std::optional<UniqueFd> socket = Intrude(target);
+  ASSERT_TRUE(PollUntil(target, [&] {
+    EXPECT_TRUE(ShmSend(socket->get(), AttachTo(target, left_), {},
+                        Deadline::AfterSeconds(5))
+                    .ok());
+    return AwaitReply(socket->get()).message.code == 0;
+  }));
+  EXPECT_EQ(add().status().code(), StatusCode::kResourceExhausted);
+  socket.reset();
+  EXPECT_TRUE(PollUntil(target, has_room));
 }
 
 TEST_F(ShmTest, OnlySealedMemfdsAreRegistered) {

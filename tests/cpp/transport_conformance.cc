@@ -198,6 +198,24 @@ TEST_P(TransportConformance, AFullQueueToOnePeerDoesNotBlockAnother) {
   ExpectEachOnce(from.done, posted + 1);
 }
 
+TEST_P(TransportConformance, WhoNeverPollsIsStoppedAtTheQueueDepth) {
+  ConformanceRank& from = OpenRank(64);
+  ConformanceRank& to = OpenRank(64);
+  const PeerId peer = from.Add(to);
+  const uint32_t depth = from.domain().caps().queue_depth;
+  uint32_t posted = 0;
+  for (uint32_t i = 0; i < 4 * depth + 100; ++i) {
+    const StatusOr<Posted> result = from.domain().PostWriteImm(
+        peer, from.Source(0), to.Target(0), 8, std::nullopt, posted);
+    ASSERT_TRUE(result.ok()) << result.status().message();
+    if (*result == Posted::kPosted) ++posted;
+  }
+  EXPECT_LE(posted, depth);
+  EXPECT_GE(posted, 1u);
+  ASSERT_TRUE(DriveUntil([&] { return from.done.size() == posted; }));
+  ASSERT_TRUE(Write(from, peer, from.Source(0), to.Target(0), 8, 1, posted));
+}
+
 TEST_P(TransportConformance, AStormOfPostsLosesAndDoublesNothing) {
   ConformanceRank& from = OpenRank(kMiB);
   ConformanceRank& to = OpenRank(kMiB);
@@ -287,6 +305,26 @@ TEST_P(TransportConformance, ManyReachOneAndAreToldApart) {
   }
   ASSERT_TRUE(
       DriveUntil([&] { return to.immediates.size() == kSources * kWrites; }));
+}
+
+TEST_P(TransportConformance, AnInitiatorHasAPeerIdOnceItIsAdded) {
+  ConformanceRank& from = OpenRank(64);
+  ConformanceRank& to = OpenRank(64);
+  if (to.domain().caps().target_must_know_initiator) {
+    GTEST_SKIP() << "its target must know the initiator first";
+  }
+  const PeerId peer = from.Add(to);
+  const auto receive = [&](uint32_t immediate) {
+    EXPECT_TRUE(Write(from, peer, from.Source(0), to.Target(0), 8, immediate,
+                      immediate));
+    DriveUntil([&] { return to.immediates.size() == immediate; });
+    return to.immediates.back().peer;
+  };
+  EXPECT_EQ(receive(1), kUnknownPeer);
+  const PeerId back = to.Add(from);
+  EXPECT_EQ(receive(2), back);
+  to.domain().RemovePeer(back);
+  EXPECT_EQ(receive(3), kUnknownPeer);
 }
 
 TEST_P(TransportConformance, TrafficOfAllKindsBothWaysAtOnce) {

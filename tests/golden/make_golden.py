@@ -77,11 +77,12 @@ def trained_case(kind: str) -> dict[str, np.ndarray]:
 def main() -> None:
     """Writes all files."""
     for kind in moe_models.KINDS:
-        random = moe_models.random_case(kind, 0, TOKENS, HIDDEN, FF, EXPERTS, K)
+        random = moe_models.random_case(0, TOKENS, HIDDEN, FF, EXPERTS, K)
         for name, case in (("random", random), ("trained", trained_case(kind))):
             case, _ = moe_models.without_ties(case, multiple=8)
             path = HERE / f"{kind}_{name}.npz"
-            np.savez_compressed(path, **case, **moe_models.torch_block(kind, case))
+            arrays: dict[str, Any] = case | moe_models.torch_block(kind, case)
+            np.savez_compressed(path, **arrays)
             print(path.name, path.stat().st_size, "bytes")
 
 

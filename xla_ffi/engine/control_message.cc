@@ -24,9 +24,11 @@ constexpr uint16_t kVersion = 1;
 
 std::string ControlMessage::Encode() const {
   const std::string_view cut = std::string_view(text).substr(0, kTextBytesMax);
-  const Header header = {kMagic,     kVersion,
+  const Header header = {kMagic,
+                         kVersion,
                          static_cast<uint16_t>(type),
-                         generation, static_cast<uint32_t>(cut.size()),
+                         generation,
+                         static_cast<uint32_t>(cut.size()),
                          argument};
   std::string bytes(sizeof header, '\0');
   std::memcpy(bytes.data(), &header, sizeof header);

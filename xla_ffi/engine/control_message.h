@@ -4,6 +4,7 @@
 #define JAXFABRIC_ENGINE_CONTROL_MESSAGE_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -13,10 +14,10 @@ namespace jaxfabric {
 
 struct ControlMessage {
   enum class Type : uint16_t {
-    kCredits = 1,     // argument: mask of mailbox slots given back
+    kCredits = 1,      // argument: mask of mailbox slots given back
     kWantCredits = 2,  // the sender of this waits for credits
-    kAbort = 3,       // text: why the generation is over
-    kGoodbye = 4,     // the sender closes its Fabric: no message follows
+    kAbort = 3,        // text: why the generation is over
+    kGoodbye = 4,      // the sender closes its Fabric: no message follows
   };
   Type type = Type::kCredits;
   uint32_t generation = 0;
@@ -29,6 +30,13 @@ struct ControlMessage {
   std::string Encode() const;
   static StatusOr<ControlMessage> Decode(std::string_view bytes);
 };
+
+// The argument of kAbort: a status code, and one more than the lost rank.
+constexpr uint64_t AbortArgument(StatusCode code,
+                                 std::optional<uint32_t> lost_rank) {
+  const uint64_t rank = lost_rank ? uint64_t{*lost_rank} + 1 : 0;
+  return static_cast<uint64_t>(code) << 32 | rank;
+}
 
 }  // namespace jaxfabric
 

@@ -18,8 +18,7 @@ std::vector<Piece> CutIntoChunks(const std::vector<Piece>& pieces,
   std::vector<Piece> chunks;
   for (const Piece& piece : pieces) {
     for (uint64_t begin = 0; begin < piece.length; begin += chunk_bytes) {
-      chunks.push_back({piece.local_offset + begin,
-                        piece.remote_offset + begin,
+      chunks.push_back({piece.local_offset + begin, piece.remote_offset + begin,
                         std::min(chunk_bytes, piece.length - begin)});
     }
   }
@@ -59,9 +58,9 @@ Status DomainGroup::AddPeer(uint32_t name,
                             const std::vector<NetAddr>& addresses,
                             Deadline deadline) {
   if (addresses.empty() || addresses.size() > kDomainsMax) {
-    return Status(StatusCode::kInvalidArgument,
-                  "a peer has 1 to 8 addresses, not " +
-                      std::to_string(addresses.size()));
+    return Status(
+        StatusCode::kInvalidArgument,
+        "a peer has 1 to 8 addresses, not " + std::to_string(addresses.size()));
   }
   Peer peer;
   for (size_t i = 0; i < domains_.size(); ++i) {
@@ -130,8 +129,8 @@ std::byte* DomainGroup::DirectPointer(uint32_t name, const MrDesc& remote,
 bool DomainGroup::PumpMessages(uint32_t, Peer& peer) {
   bool moved = false;
   while (!peer.messages.empty()) {
-    auto posted = domains_[0]->PostSend(peer.links[0].id,
-                                        peer.messages.front(), /*cookie=*/0);
+    auto posted = domains_[0]->PostSend(peer.links[0].id, peer.messages.front(),
+                                        /*cookie=*/0);
     if (posted.ok() && *posted == Posted::kAgain) break;
     peer.messages.pop_front();  // a failed one is noticed as a lost peer
     moved = true;

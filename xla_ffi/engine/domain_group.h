@@ -87,8 +87,8 @@ class DomainGroup {
   void SubmitSend(uint32_t peer, std::string message);
 
   // Peer memory mapped here, or nullptr.
-  std::byte* DirectPointer(uint32_t peer, const MrDesc& remote,
-                           uint64_t offset, uint64_t length);
+  std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
+                           uint64_t length);
 
   // Moves everything forward; true if anything happened.
   bool Poll(std::vector<Event>* events);
@@ -101,8 +101,8 @@ class DomainGroup {
     std::vector<Piece> chunks;
     uint32_t id;
     Done done;
-    uint32_t next = 0;   // first chunk that is not posted
-    uint32_t open = 0;   // posted and not completed
+    uint32_t next = 0;  // first chunk that is not posted
+    uint32_t open = 0;  // posted and not completed
     Status status;
   };
   struct Link {  // one Domain's way to one peer
@@ -127,7 +127,7 @@ class DomainGroup {
                 std::vector<Event>* events);
 
   std::vector<std::unique_ptr<Domain>> domains_;
-  std::vector<uint32_t> open_chunks_;  // by Domain
+  std::vector<uint32_t> open_chunks_;                        // by Domain
   std::vector<std::unordered_map<PeerId, uint32_t>> names_;  // by Domain
   std::unordered_map<uint32_t, Peer> peers_;
   std::vector<uint32_t> turn_;  // peers, in the order in which they take turns

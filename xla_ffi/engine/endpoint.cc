@@ -1,6 +1,5 @@
 #include "engine/endpoint.h"
 
-#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -9,32 +8,17 @@
 namespace jaxfabric {
 namespace {
 
-// Credits ride on messages going back; they travel alone when this many slots,
-// or this share of the data area, would otherwise stay with us.
-constexpr int kSlotsKeptMax = kMailboxSlots / 4;
-constexpr uint64_t kBytesKeptShare = 4;
-
-Status Nonsense(uint32_t peer, const std::string& what) {
-  return Status(StatusCode::kDataLoss,
-                "rank " + std::to_string(peer) + " sent " + what);
-}
-
 void PostAll(std::vector<std::function<void()>> tasks) {
   for (auto& task : tasks) ElasticPool::Get().Post(std::move(task));
 }
 
-Endpoint::Loss Departed(uint32_t rank) {
+}  // namespace
+
+Endpoint::Loss Endpoint::Departed(uint32_t rank) {
   return {rank, /*told=*/false,
           Status(StatusCode::kUnavailable,
                  "it closed its Fabric while this rank still needs it")};
 }
-
-std::string LabelOf(const MailboxDescriptor& descriptor) {
-  return std::string(descriptor.label,
-                     strnlen(descriptor.label, kLabelBytes));
-}
-
-}  // namespace
 
 Endpoint::Endpoint(EndpointOptions options,
                    std::vector<std::unique_ptr<Domain>> domains, Lost lost)
@@ -112,9 +96,9 @@ Status Endpoint::Connect(uint32_t name, const RankAddress& address,
     peer->direct =
         group_.DirectPointer(name, address.heap, 0, address.heap.length);
     if (peer->direct == nullptr) {
-      return Status(StatusCode::kUnavailable,
-                    "the heap of rank " + std::to_string(name) +
-                        " could not be mapped");
+      return Status(
+          StatusCode::kUnavailable,
+          "the heap of rank " + std::to_string(name) + " could not be mapped");
     }
   }
   peers_[name] = std::move(peer);
@@ -164,25 +148,14 @@ std::string Endpoint::DescribeMissing(MatchKey key) const {
   const std::string unmatched = matches_.DescribeUnmatched();
   if (!unmatched.empty()) {
     text += "; what came instead matches no call here: " + unmatched +
-            " (do all ranks run the same program?)";
+            " (do all ranks run the same program, on the same shapes?)";
   }
   return text;
 }
 
-bool Endpoint::Reserve(Peer& peer, uint64_t bytes, Reservation* reservation) {
-  if (~peer.slots_used == 0) return false;
-  const auto offset = peer.spans.Allocate(bytes);
-  if (!offset) return false;
-  const auto slot = static_cast<uint32_t>(std::countr_one(peer.slots_used));
-  peer.slots_used |= uint64_t{1} << slot;
-  peer.sent[slot] = {.offset = *offset, .written = false, .credited = false};
-  *reservation = {slot, *offset};
-  return true;
-}
-
 void Endpoint::Send(Outgoing outgoing) {
   const OperationPtr operation = outgoing.operation;
-  Reservation reservation;
+  std::optional<Outbox::Place> place;
   {
     std::unique_lock<std::mutex> lock(mutex_);
     Peer& peer = *peers_.at(outgoing.destination);
@@ -192,45 +165,45 @@ void Endpoint::Send(Outgoing outgoing) {
     }
     if (peer.lost || operation->failed()) return;
     if (outgoing.bytes > options_.heap.mailbox_bytes) {
-      operation->Fail(Status(
-          StatusCode::kResourceExhausted,
-          operation->label() + ": a message of " +
-              std::to_string(outgoing.bytes) + " bytes to rank " +
-              std::to_string(outgoing.destination) +
-              " does not fit a mailbox of " +
-              std::to_string(options_.heap.mailbox_bytes) +
-              " bytes; raise JAXFABRIC_MAILBOX_BYTES on all ranks"));
+      operation->Fail(
+          Status(StatusCode::kResourceExhausted,
+                 operation->label() + ": a message of " +
+                     std::to_string(outgoing.bytes) + " bytes to rank " +
+                     std::to_string(outgoing.destination) +
+                     " does not fit a mailbox of " +
+                     std::to_string(options_.heap.mailbox_bytes) +
+                     " bytes; raise JAXFABRIC_MAILBOX_BYTES on all ranks"));
       return;
     }
-    if (!peer.waiting.empty() || !Reserve(peer, outgoing.bytes, &reservation)) {
-      if (peer.waiting.empty()) {
+    std::deque<Outgoing>& waiting = peer.outbox.waiting();
+    if (waiting.empty()) place = peer.outbox.Reserve(outgoing.bytes);
+    if (!place) {
+      if (waiting.empty()) {
         SendControl(outgoing.destination, ControlMessage::Type::kWantCredits, 0,
                     "");
       }
-      peer.waiting.push_back(std::move(outgoing));
+      waiting.push_back(std::move(outgoing));
       return;
     }
   }
-  PackAndPost(outgoing, reservation);
+  PackAndPost(outgoing, *place);
 }
 
-void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
+void Endpoint::PackAndPost(const Outgoing& outgoing, Outbox::Place place) {
   const uint32_t name = outgoing.destination;
   const HeapLayout& heap = options_.heap;
-  const uint64_t remote_descriptor =
-      heap.Descriptor(options_.rank, reservation.slot);
-  const uint64_t remote_data = heap.Data(options_.rank) + reservation.offset;
+  const uint64_t remote_descriptor = heap.Descriptor(options_.rank, place.slot);
+  const uint64_t remote_data = heap.Data(options_.rank) + place.offset;
   std::byte* direct = nullptr;
   uint64_t credits = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     Peer& peer = *peers_.at(name);
     direct = peer.direct;
-    credits = std::exchange(peer.give_back, 0);
-    peer.give_back_bytes = 0;
+    credits = peer.inbox.TakeCredits();
   }
-  const uint64_t local_descriptor = heap.Descriptor(name, reservation.slot);
-  const uint64_t local_data = heap.Data(name) + reservation.offset;
+  const uint64_t local_descriptor = heap.Descriptor(name, place.slot);
+  const uint64_t local_data = heap.Data(name) + place.offset;
   std::byte* const descriptor_at = direct != nullptr
                                        ? direct + remote_descriptor
                                        : staging_.data() + local_descriptor;
@@ -241,7 +214,7 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
   descriptor.generation = options_.generation;
   descriptor.channel = outgoing.key.channel;
   descriptor.sequence = outgoing.key.sequence;
-  descriptor.offset = reservation.offset;
+  descriptor.offset = place.offset;
   descriptor.length = outgoing.bytes;
   descriptor.credits = credits;
   descriptor.run_id = outgoing.run_id;
@@ -255,7 +228,7 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
     pieces = {{local_descriptor, remote_descriptor, sizeof descriptor},
               {local_data, remote_data, outgoing.bytes}};
   }
-  const TransferId id = {options_.rank, IdKind::kMailbox, reservation.slot};
+  const TransferId id = {options_.rank, IdKind::kMailbox, place.slot};
   std::lock_guard<std::mutex> lock(mutex_);
   Peer& peer = *peers_.at(name);
   if (peer.lost) return;
@@ -264,8 +237,11 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
   ++writes_open_;
   const Status posted = group_.SubmitWrite(
       name, staging_region_, peer.address.heap, pieces, id.Encode(),
-      [this, name, slot = reservation.slot](const Status&) {
-        Written(name, slot);
+      // Runs under mutex_, inside the group. A write that failed is followed by
+      // the loss of its peer, which is where it is reported.
+      [this, &peer, slot = place.slot](const Status&) {
+        --writes_open_;
+        peer.outbox.Written(slot);
       });
   if (!posted.ok()) {
     --writes_open_;
@@ -273,194 +249,41 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Reservation reservation) {
   }
 }
 
-// Runs under mutex_, inside the group. A write that failed is followed by the
-// loss of its peer, which is where it is reported.
-void Endpoint::Written(uint32_t name, uint32_t slot) {
-  --writes_open_;
-  Peer& peer = *peers_.at(name);
-  peer.sent[slot].written = true;
-  FreeIfDone(peer, slot);
-}
-
-void Endpoint::FreeIfDone(Peer& peer, uint32_t slot) {
-  const Sent& sent = peer.sent[slot];
-  if (!sent.written || !sent.credited) return;
-  peer.spans.Free(sent.offset);
-  peer.slots_used &= ~(uint64_t{1} << slot);
-}
-
 void Endpoint::SendControl(uint32_t name, ControlMessage::Type type,
                            uint64_t argument, const std::string& text) {
   ++peers_.at(name)->stats.control_messages;
   group_.SubmitSend(
-      name,
-      ControlMessage{type, options_.generation, argument, text}.Encode());
+      name, ControlMessage{type, options_.generation, argument, text}.Encode());
 }
 
 void Endpoint::FlushCredits(uint32_t name, Peer& peer) {
-  peer.credits_wanted = false;
-  peer.give_back_bytes = 0;
-  SendControl(name, ControlMessage::Type::kCredits,
-              std::exchange(peer.give_back, 0), "");
+  SendControl(name, ControlMessage::Type::kCredits, peer.inbox.TakeCredits(),
+              "");
 }
 
 void Endpoint::TakeCredits(uint32_t name, Peer& peer, uint64_t mask,
                            Tasks* tasks) {
-  for (uint64_t rest = mask & peer.slots_used; rest != 0; rest &= rest - 1) {
-    const auto slot = static_cast<uint32_t>(std::countr_zero(rest));
-    peer.sent[slot].credited = true;
-    FreeIfDone(peer, slot);
-  }
-  while (!peer.waiting.empty()) {
-    Reservation reservation;
-    if (!Reserve(peer, peer.waiting.front().bytes, &reservation)) {
+  peer.outbox.Credit(mask);
+  std::deque<Outgoing>& waiting = peer.outbox.waiting();
+  while (!waiting.empty()) {
+    const auto place = peer.outbox.Reserve(waiting.front().bytes);
+    if (!place) {
       SendControl(name, ControlMessage::Type::kWantCredits, 0, "");
       return;
     }
-    tasks->push_back([this, reservation,
-                      outgoing = std::move(peer.waiting.front())] {
-      PackAndPost(outgoing, reservation);
-    });
-    peer.waiting.pop_front();
+    tasks->push_back(
+        [this, place = *place, outgoing = std::move(waiting.front())] {
+          PackAndPost(outgoing, place);
+        });
+    waiting.pop_front();
   }
 }
 
 void Endpoint::Release(const Arrival& arrival) {
   std::lock_guard<std::mutex> lock(mutex_);
   Peer& peer = *peers_.at(arrival.source);
-  const uint64_t bit = uint64_t{1} << arrival.slot;
-  peer.occupied &= ~bit;
-  peer.give_back |= bit;
-  peer.give_back_bytes += arrival.length;
-  if (peer.credits_wanted || std::popcount(peer.give_back) >= kSlotsKeptMax ||
-      peer.give_back_bytes >= options_.heap.mailbox_bytes / kBytesKeptShare) {
+  if (peer.inbox.GiveBack(arrival.slot, arrival.length)) {
     FlushCredits(arrival.source, peer);
-  }
-}
-
-Status Endpoint::OnImmediate(uint32_t name, Peer& peer, uint32_t word,
-                             Tasks* tasks) {
-  const Immediate immediate = Immediate::Decode(word);
-  const TransferId id = TransferId::Decode(immediate.id);
-  if (immediate.Units() == 0 || id.source != name) {
-    return Nonsense(name, "an immediate that is not its own");
-  }
-  if (id.kind == IdKind::kWindow) {
-    return window_counters_.Add(id.slot, immediate.Units(), tasks);
-  }
-  if (id.kind != IdKind::kMailbox || id.slot >= kMailboxSlots) {
-    return Nonsense(name, "an immediate of an unknown kind");
-  }
-  uint64_t& units = peer.units[id.slot];
-  units += immediate.Units();
-  if (units < kTransferUnits) return OkStatus();
-  if (units > kTransferUnits || (peer.occupied >> id.slot & 1) != 0) {
-    return Nonsense(name, "a message into a slot that is in use");
-  }
-  units = 0;
-  return OnMailbox(name, peer, id.slot, tasks);
-}
-
-Status Endpoint::OnMailbox(uint32_t name, Peer& peer, uint32_t slot,
-                           Tasks* tasks) {
-  MailboxDescriptor descriptor;
-  std::memcpy(&descriptor, heap_.data() + options_.heap.Descriptor(name, slot),
-              sizeof descriptor);
-  if (descriptor.magic != kDescriptorMagic ||
-      descriptor.length > options_.heap.mailbox_bytes ||
-      descriptor.offset > options_.heap.mailbox_bytes - descriptor.length) {
-    return Nonsense(name, "a descriptor that is out of bounds");
-  }
-  TakeCredits(name, peer, descriptor.credits, tasks);
-  if (descriptor.generation != options_.generation) {
-    ++peer.stats.stale_dropped;
-    peer.give_back |= uint64_t{1} << slot;
-    return OkStatus();
-  }
-  ++peer.stats.messages_received;
-  peer.stats.message_bytes_received += descriptor.length;
-  peer.occupied |= uint64_t{1} << slot;
-  const Arrival arrival = {
-      .source = name,
-      .slot = slot,
-      .key = {descriptor.channel, descriptor.sequence},
-      .data = heap_.data() + options_.heap.Data(name) + descriptor.offset,
-      .length = descriptor.length};
-  if (auto ready = matches_.Add(arrival, LabelOf(descriptor))) {
-    tasks->push_back(std::move(ready));
-  }
-  return OkStatus();
-}
-
-// The argument of kAbort: the status code, and one more than the lost rank.
-uint64_t EncodeAbort(StatusCode code, std::optional<uint32_t> lost_rank) {
-  const uint64_t rank = lost_rank ? uint64_t{*lost_rank} + 1 : 0;
-  return static_cast<uint64_t>(code) << 32 | rank;
-}
-
-Endpoint::Loss Endpoint::OnAbort(uint32_t name,
-                                 const ControlMessage& message) const {
-  Loss loss;
-  loss.told = true;
-  const auto rank = static_cast<uint32_t>(message.argument);
-  if (rank != 0 && rank <= options_.heap.ranks && rank - 1 != options_.rank) {
-    loss.rank = rank - 1;
-  }
-  auto code = static_cast<StatusCode>(message.argument >> 32);
-  if (code == StatusCode::kOk) code = StatusCode::kAborted;
-  loss.status = Status(code, "rank " + std::to_string(name) +
-                                 " gave up: " + message.text);
-  return loss;
-}
-
-Status Endpoint::OnControl(uint32_t name, Peer& peer, const std::string& bytes,
-                           Tasks* tasks, std::vector<Loss>* losses) {
-  JF_ASSIGN_OR_RETURN(const ControlMessage message,
-                      ControlMessage::Decode(bytes));
-  if (message.generation != options_.generation) {
-    ++peer.stats.stale_dropped;
-    return OkStatus();
-  }
-  switch (message.type) {
-    case ControlMessage::Type::kCredits:
-      TakeCredits(name, peer, message.argument, tasks);
-      return OkStatus();
-    case ControlMessage::Type::kWantCredits:
-      peer.credits_wanted = true;
-      if (peer.give_back != 0) FlushCredits(name, peer);
-      return OkStatus();
-    case ControlMessage::Type::kAbort:
-      losses->push_back(OnAbort(name, message));
-      return OkStatus();
-    case ControlMessage::Type::kGoodbye:
-      peer.departed = true;
-      if (!peer.waiting.empty() || matches_.Awaits(name)) {
-        losses->push_back(Departed(name));
-      }
-      return OkStatus();
-  }
-  return OkStatus();
-}
-
-void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
-                            Tasks* tasks, std::vector<Loss>* losses) {
-  using Kind = DomainGroup::Event::Kind;
-  for (DomainGroup::Event& event : events) {
-    const auto found = peers_.find(event.peer);
-    if (found == peers_.end()) continue;
-    Peer& peer = *found->second;
-    Status status = OkStatus();
-    if (event.kind == Kind::kPeerLost) {
-      peer.lost = true;
-      if (!peer.departed) status = event.status;
-    } else if (event.kind == Kind::kImmediate) {
-      status = OnImmediate(event.peer, peer, event.immediate, tasks);
-    } else {
-      status = OnControl(event.peer, peer, event.message, tasks, losses);
-    }
-    if (!status.ok()) {
-      losses->push_back({event.peer, /*told=*/false, std::move(status)});
-    }
   }
 }
 
@@ -510,8 +333,7 @@ void Endpoint::Put(uint32_t name, uint64_t window_offset,
     peer.stats.put_bytes += bytes;
     direct = peer.direct;
     if (direct == nullptr) {
-      puts_.push_back(
-          {name, at, source, bytes, slot, std::move(operation)});
+      puts_.push_back({name, at, source, bytes, slot, std::move(operation)});
       PumpPuts();
       return;
     }
@@ -557,12 +379,11 @@ void Endpoint::PumpPuts() {
 
 void Endpoint::BroadcastAbort(const Status& status,
                               std::optional<uint32_t> lost_rank) {
-  const uint64_t argument = EncodeAbort(status.code(), lost_rank);
+  const uint64_t argument = AbortArgument(status.code(), lost_rank);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& [name, peer] : peers_) {
     if (peer->lost) continue;
-    SendControl(name, ControlMessage::Type::kAbort, argument,
-                status.message());
+    SendControl(name, ControlMessage::Type::kAbort, argument, status.message());
   }
 }
 
@@ -583,7 +404,7 @@ void Endpoint::DropWaiting() {
   std::lock_guard<std::mutex> lock(mutex_);
   matches = matches_.TakeExpectations();
   for (auto& [name, peer] : peers_) {
-    sends.push_back(std::exchange(peer->waiting, {}));
+    sends.push_back(std::exchange(peer->outbox.waiting(), {}));
   }
   puts = std::exchange(puts_, {});
 }

@@ -4,7 +4,6 @@
 #ifndef JAXFABRIC_ENGINE_ENDPOINT_H_
 #define JAXFABRIC_ENGINE_ENDPOINT_H_
 
-#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -22,9 +21,11 @@
 #include "engine/domain_group.h"
 #include "engine/imm_counter.h"
 #include "engine/immediate.h"
+#include "engine/inbox.h"
 #include "engine/mailbox.h"
 #include "engine/match_table.h"
 #include "engine/operation.h"
+#include "engine/outbox.h"
 #include "engine/rank_address.h"
 #include "engine/span_allocator.h"
 
@@ -46,21 +47,6 @@ struct EndpointOptions {
   uint32_t rank = 0;
   uint32_t generation = 0;
   HeapLayout heap;
-};
-
-// A message on its way out.
-struct Outgoing {
-  // Writes exactly `bytes` bytes, front to back, without reading them again:
-  // the memory may be the peer's.
-  using Pack = std::function<void(std::byte*)>;
-
-  uint32_t destination = 0;
-  MatchKey key;
-  uint64_t bytes = 0;
-  int64_t run_id = 0;
-  std::string label;
-  Pack pack;
-  OperationPtr operation;  // kept until `pack` has run
 };
 
 class Endpoint {
@@ -126,11 +112,6 @@ class Endpoint {
   std::unordered_map<uint32_t, PeerStats> stats() const;
 
  private:
-  struct Sent {
-    uint64_t offset = 0;
-    bool written = false;   // our NIC does not read it any more
-    bool credited = false;  // the destination does not read it any more
-  };
   struct PendingPut {
     uint32_t peer;
     uint64_t window_offset;
@@ -140,37 +121,23 @@ class Endpoint {
     OperationPtr operation;
   };
   struct Peer {
-    explicit Peer(uint64_t mailbox_bytes) : spans(mailbox_bytes) {}
+    explicit Peer(uint64_t mailbox_bytes)
+        : outbox(mailbox_bytes), inbox(mailbox_bytes) {}
     RankAddress address;
     std::byte* direct = nullptr;  // the peer's heap, if mapped here
     bool lost = false;
     bool departed = false;  // it said goodbye; not a failure unless needed
     PeerStats stats;
-    // Outgoing.
-    uint64_t slots_used = 0;
-    std::array<Sent, kMailboxSlots> sent;
-    SpanAllocator spans;
-    std::deque<Outgoing> waiting;
-    // Incoming.
-    std::array<uint64_t, kMailboxSlots> units{};
-    uint64_t occupied = 0;
-    uint64_t give_back = 0;
-    uint64_t give_back_bytes = 0;
-    bool credits_wanted = false;
-  };
-  struct Reservation {
-    uint32_t slot;
-    uint64_t offset;
+    Outbox outbox;
+    Inbox inbox;
   };
   using Tasks = std::vector<std::function<void()>>;
 
   Endpoint(EndpointOptions options,
            std::vector<std::unique_ptr<Domain>> domains, Lost lost);
+  static Loss Departed(uint32_t rank);
   Status OpenHeap();
-  bool Reserve(Peer& peer, uint64_t bytes, Reservation* reservation);
-  void PackAndPost(const Outgoing& outgoing, Reservation reservation);
-  void Written(uint32_t peer, uint32_t slot);
-  void FreeIfDone(Peer& peer, uint32_t slot);
+  void PackAndPost(const Outgoing& outgoing, Outbox::Place place);
   void SendControl(uint32_t peer, ControlMessage::Type type, uint64_t argument,
                    const std::string& text);
   void FlushCredits(uint32_t name, Peer& peer);
@@ -182,7 +149,6 @@ class Endpoint {
   Loss OnAbort(uint32_t name, const ControlMessage& message) const;
   void HandleEvents(std::vector<DomainGroup::Event>& events, Tasks* tasks,
                     std::vector<Loss>* losses);
-  void PutStaged(PendingPut put);
   void PumpPuts();
   void CountLocally(uint32_t slot);
 

@@ -41,12 +41,11 @@ Status Engine::OpenEndpoints() {
         .heap = {.ranks = options_.ranks,
                  .mailbox_bytes = options_.mailbox_bytes,
                  .window_bytes = options_.window_bytes}};
-    JF_ASSIGN_OR_RETURN(
-        endpoints_[rank],
-        Endpoint::Open(endpoint_options, std::move(domains),
-                       [this](Endpoint::Loss loss) {
-                         OnLost(std::move(loss));
-                       }));
+    JF_ASSIGN_OR_RETURN(endpoints_[rank],
+                        Endpoint::Open(endpoint_options, std::move(domains),
+                                       [this](Endpoint::Loss loss) {
+                                         OnLost(std::move(loss));
+                                       }));
   }
   return OkStatus();
 }
@@ -208,7 +207,6 @@ Status Engine::Drain(Deadline deadline) {
 }
 
 void Engine::SayGoodbye() {
-  if (!failure().ok()) return;
   for (auto& [rank, endpoint] : endpoints_) endpoint->SayGoodbye();
 }
 

@@ -70,8 +70,8 @@ class Engine {
 
   // Waits until nothing posted here is on its way.
   Status Drain(Deadline deadline);
-  // Before it is destroyed, if nothing failed: peers that need nothing more
-  // from here go on undisturbed.
+  // Before it is destroyed, also after a failure: peers that need nothing more
+  // from here go on undisturbed, and do not take this rank for lost.
   void SayGoodbye();
   size_t operations_under_way() const;
 

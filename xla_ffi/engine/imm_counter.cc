@@ -34,6 +34,7 @@ ImmCounterTable::Handle ImmCounterTable::Expect(
   const uint64_t units = transfers * kTransferUnits;
   std::lock_guard<std::mutex> lock(mutex_);
   if (units == 0) return 0;
+  if (over_) return next_handle_++;
   Counter& counter = counters_[id];
   if (counter.expectations.empty() && counter.units >= units) {
     counter.units -= units;
@@ -69,6 +70,7 @@ bool ImmCounterTable::Cancel(Handle handle) {
 std::vector<std::function<void()>> ImmCounterTable::TakeExpectations() {
   std::vector<std::function<void()>> taken;
   std::lock_guard<std::mutex> lock(mutex_);
+  over_ = true;
   for (auto& [id, counter] : counters_) {
     for (Expectation& expectation : counter.expectations) {
       taken.push_back(std::move(expectation.callback));

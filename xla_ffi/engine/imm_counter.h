@@ -39,8 +39,9 @@ class ImmCounterTable {
   // waited for is consumed.
   bool Cancel(Handle handle);
 
-  // Forgets all expectations; returns their callbacks for the caller to destroy
-  // outside its locks.
+  // Forgets all expectations, and those to come: who calls Expect later has
+  // failed meanwhile. Returns their callbacks for the caller to destroy outside
+  // its locks.
   std::vector<std::function<void()>> TakeExpectations();
 
   // Whole transfers that have arrived under `id` and were not consumed.
@@ -58,9 +59,10 @@ class ImmCounterTable {
   };
 
   mutable std::mutex mutex_;
-  std::unordered_map<uint32_t, Counter> counters_;      // guarded by mutex_
-  std::unordered_map<Handle, uint32_t> id_by_handle_;   // guarded by mutex_
-  Handle next_handle_ = 1;                              // guarded by mutex_
+  std::unordered_map<uint32_t, Counter> counters_;     // guarded by mutex_
+  std::unordered_map<Handle, uint32_t> id_by_handle_;  // guarded by mutex_
+  Handle next_handle_ = 1;                             // guarded by mutex_
+  bool over_ = false;                                  // guarded by mutex_
 };
 
 }  // namespace jaxfabric

@@ -57,8 +57,7 @@ struct Immediate {
 
   constexpr uint32_t Encode() const { return id << kShareBits | share; }
   static constexpr Immediate Decode(uint32_t word) {
-    return {.id = word >> kShareBits,
-            .share = word & ((1u << kShareBits) - 1)};
+    return {.id = word >> kShareBits, .share = word & ((1u << kShareBits) - 1)};
   }
   // 0 for a share that no sender of ours writes.
   constexpr uint64_t Units() const {

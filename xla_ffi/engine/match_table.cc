@@ -45,6 +45,7 @@ std::function<void()> MatchTable::Add(const Arrival& arrival,
 bool MatchTable::Expect(MatchKey key, std::vector<uint32_t> sources,
                         const OperationPtr& operation, Ready ready,
                         std::vector<Arrival>* arrivals) {
+  if (over_) return false;
   Entry& entry = entries_[key];
   entry.sources = std::move(sources);
   entry.ready = std::move(ready);
@@ -90,15 +91,15 @@ std::string MatchTable::DescribeUnmatched() const {
 
 std::vector<MatchTable::Ready> MatchTable::TakeExpectations() {
   std::vector<Ready> taken;
+  over_ = true;
   for (auto it = entries_.begin(); it != entries_.end();) {
     Entry& entry = it->second;
     if (entry.ready != nullptr) {
       // The operation goes along, so that neither is destroyed under a lock.
-      taken.push_back([ready = std::move(entry.ready),
-                       operation = std::move(entry.operation)](
-                          std::vector<Arrival> arrivals) {
-        ready(std::move(arrivals));
-      });
+      taken.push_back(
+          [ready = std::move(entry.ready),
+           operation = std::move(entry.operation)](
+              std::vector<Arrival> arrivals) { ready(std::move(arrivals)); });
       entry.ready = nullptr;
     }
     it = entry.arrivals.empty() ? entries_.erase(it) : std::next(it);

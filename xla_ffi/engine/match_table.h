@@ -31,17 +31,18 @@ class MatchTable {
               const OperationPtr& operation, Ready ready,
               std::vector<Arrival>* arrivals);
 
-  // The sources that the call under `key` still waits for.
   // Whether anything waits for a message from `source`.
   bool Awaits(uint32_t source) const;
+  // The sources that the call under `key` still waits for.
   std::vector<uint32_t> Missing(MatchKey key) const;
 
   // What has come and matches no call here: "dispatch (jit_f, call 0) from
   // rank 2". Empty if there is nothing.
   std::string DescribeUnmatched() const;
 
-  // Forgets all expectations; returns them for the caller to destroy outside
-  // its locks. Arrivals stay.
+  // Forgets all expectations, and those to come: who calls Expect later has
+  // failed meanwhile. Returns them for the caller to destroy outside its locks.
+  // Arrivals stay.
   std::vector<Ready> TakeExpectations();
 
  private:
@@ -57,6 +58,7 @@ class MatchTable {
   static std::vector<Arrival> TakeArrivals(Entry& entry);
 
   std::map<MatchKey, Entry> entries_;
+  bool over_ = false;
 };
 
 }  // namespace jaxfabric

@@ -4,9 +4,16 @@
 #ifndef JAXFABRIC_HANDLERS_HANDLERS_H_
 #define JAXFABRIC_HANDLERS_HANDLERS_H_
 
+#include <utility>
+
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxfabric {
+
+// Major and minor version of the FFI API that the handlers were built for.
+inline std::pair<int, int> FfiApiVersion() {
+  return {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+}
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricPut);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricScatter);

@@ -99,10 +99,9 @@ class NativeFabric {
     fabric_->mesh_shape = std::move(mesh_shape);
     const std::string secret_bytes(secret.c_str(), secret.size());
     nb::gil_scoped_release release;
-    fabric_->engine = Value(
-        Engine::Open(std::move(options),
-                     Value(OpenTransport(transport, secret_bytes, chaos,
-                                         network))));
+    fabric_->engine = Value(Engine::Open(
+        std::move(options),
+        Value(OpenTransport(transport, secret_bytes, chaos, network))));
   }
 
   ~NativeFabric() { Close(); }

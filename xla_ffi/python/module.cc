@@ -7,7 +7,6 @@
 
 #include "handlers/handlers.h"
 #include "python/fabric_py.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
 
@@ -38,9 +37,7 @@ nb::dict Targets() {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.def("ffi_api_version", [] {
-    return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  });
+  m.def("ffi_api_version", &jaxfabric::FfiApiVersion);
   m.def("targets", &Targets);
   jaxfabric::RegisterFabric(m);
 }
