@@ -58,13 +58,14 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jf.nnx.MoEStats]:
+        """x [B, S, d_model] -> the same shape, and what the experts did."""
         x = x + self.attention(self.norm_attention(x), mask=mask)
         y, stats = self.experts(self.norm_experts(x), return_stats=True)
         return x + y, stats
 
 
 class Transformer(nnx.Module):
-    """Predicts the next byte: int32[B, S] -> logits [B, S, vocab] and stats by layer.
+    """Predicts the next byte: int32[B, S] -> logits [B, S, vocab].
 
     Args:
       config: sizes.
@@ -92,6 +93,7 @@ class Transformer(nnx.Module):
         self.head = nnx.Linear(config.d_model, config.vocab, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, list[jf.nnx.MoEStats]]:
+        """Returns logits [B, S, vocab], and stats by layer."""
         mask = nnx.make_causal_mask(tokens)
         x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
         stats = []

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import moe_report
 import numpy as np
 import optax
 import rich.console
@@ -40,7 +41,6 @@ import jaxfabric as jf
 LEARNING_RATE = 5e-3
 WARMUP_STEPS = 10
 BALANCE = 0.01  # weight of the loss that evens out the experts' loads
-MIB = 2**20
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=100, help="training steps")
+    add("--steps", type=int, default=80, help="training steps")
     add("--batch", type=int, default=16, help="sequences per step, over all ranks")
     add("--seed", type=int, default=0, help="of parameters and batches")
     add("--implementation", choices=("fabric", "reference"), default="fabric")
@@ -79,7 +79,7 @@ def batches(
 def create(
     config: Config, mesh: jax.sharding.Mesh, options: argparse.Namespace
 ) -> tuple[Transformer, nnx.Optimizer]:
-    """The model and its optimizer, on the mesh: experts split, the rest on all ranks"""
+    """The model and its optimizer, on the mesh: experts split, all else replicated."""
 
     @nnx.jit
     def init() -> tuple[Transformer, nnx.Optimizer]:
@@ -130,20 +130,11 @@ def traffic(fabric: jf.Fabric | None) -> tuple[float, float]:
         for peer, link in peers.items()
         if peer != rank
     ]
-    sent = sum(link["message_bytes_sent"] for link in links) / MIB
+    sent = sum(link["message_bytes_sent"] for link in links) / 2**20
     messages = sum(link["messages_sent"] for link in links)
     mine = np.array([[sent, messages]], np.float32)
     total = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, 2).sum(0)
     return float(total[0]), float(total[1])
-
-
-def describe(step: int, metrics: dict[str, Any]) -> str:
-    loads = metrics["loads"]
-    shares = "  ".join(
-        " ".join(f"{share:2.0f}" for share in 100 * layer / layer.sum())
-        for layer in loads
-    )
-    return f"{step:5} {metrics['loss']:6.3f} {metrics['dropped']:8}  {shares}"
 
 
 def train(options: argparse.Namespace, console: rich.console.Console) -> dict[str, Any]:
@@ -166,7 +157,7 @@ def train(options: argparse.Namespace, console: rich.console.Console) -> dict[st
         console.print(
             f"{mesh.size} ranks in {jax.process_count()} processes, "
             f"{config.num_experts} experts, {options.implementation}\n"
-            " step   loss  dropped  % of the tokens to each expert, layer by layer"
+            + moe_report.HEADER
         )
         history: list[dict[str, Any]] = []
         pending = []
@@ -178,69 +169,11 @@ def train(options: argparse.Namespace, console: rich.console.Console) -> dict[st
                 if step % options.every == 0 or step == options.steps - 1:
                     history += jax.device_get(pending)
                     pending.clear()
-                    progress.console.print(describe(step, history[-1]))
+                    progress.console.print(moe_report.line(step, history[-1]))
                     progress.update(task, completed=step + 1)
         sent_mib, messages = traffic(fabric)
     metrics = {key: np.stack([m[key] for m in history]) for key in history[0]}
     return metrics | {"sent_mib": sent_mib, "messages": messages}
-
-
-def summarize(metrics: dict[str, Any], tokens: int) -> str:
-    loss, loads = metrics["loss"], metrics["loads"]
-    shares = loads.sum(0) / loads.sum((0, 2))[:, None]
-    routed = int(loads.sum())
-    lines = [
-        f"loss: {loss[0]:.3f} -> {loss[-1]:.3f} nats per byte "
-        f"({loss[-1] / loss[0] - 1:+.0%})"
-    ]
-    for layer, share in enumerate(shares):
-        lines.append(
-            f"experts of layer {layer}: {share.min():.1%} to {share.max():.1%} of the "
-            f"assignments (even: {1 / len(share):.1%})"
-        )
-    lines.append(f"dropped: {metrics['dropped'].sum()} of {routed} assignments")
-    if metrics["messages"]:
-        lines.append(
-            f"moved between ranks: {metrics['sent_mib']:.1f} MiB in "
-            f"{metrics['messages']:.0f} messages, "
-            f"{metrics['sent_mib'] * MIB / tokens / len(loss):.0f} bytes per token"
-        )
-    return "\n".join(lines)
-
-
-def draw(metrics: dict[str, Any], title: str, path: pathlib.Path) -> None:
-    """Draws the loss, and the share of each expert over time, one map per layer."""
-    import matplotlib.figure
-
-    loss, loads = metrics["loss"], metrics["loads"]
-    layers, experts = loads.shape[1:]
-    figure = matplotlib.figure.Figure(figsize=(11, 4.5), layout="constrained", dpi=130)
-    figure.suptitle(title)
-    grid = figure.add_gridspec(layers, 2, width_ratios=(1, 1.25))
-    curve = figure.add_subplot(grid[:, 0])
-    curve.plot(loss, color="tab:blue")
-    curve.set(xlabel="step", ylabel="loss, nats per byte", ylim=(0, None))
-    curve.set_xlim(0, len(loss) - 1)
-    curve.grid(alpha=0.3)
-    curve.spines[["top", "right"]].set_visible(False)
-    maps = []
-    for layer in range(layers):
-        shares = 100 * loads[:, layer] / loads[:, layer].sum(1, keepdims=True)
-        axes = figure.add_subplot(grid[layer, 1])
-        image = axes.imshow(
-            shares.T, aspect="auto", interpolation="nearest", origin="lower", vmin=0
-        )
-        axes.set(ylabel=f"layer {layer}\nexpert", yticks=range(experts))
-        maps.append((axes, image))
-    highest = max(image.get_clim()[1] for _, image in maps)
-    for axes, image in maps:
-        image.set_clim(0, highest)
-        axes.tick_params(labelbottom=axes is maps[-1][0])
-    maps[-1][0].set_xlabel("step")
-    figure.colorbar(
-        maps[0][1], ax=[axes for axes, _ in maps], label="% of assignments"
-    )
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -250,12 +183,8 @@ def main() -> None:
     metrics = train(options, console)
     if not first:
         return
-    console.print(summarize(metrics, options.batch * Config().length))
-    title = (
-        f"A mixture of {Config().num_experts} experts over {jax.device_count()} ranks "
-        f"({options.implementation})"
-    )
-    draw(metrics, title, options.picture)
+    console.print(moe_report.summary(metrics, options.batch * Config().length))
+    moe_report.draw(metrics, jax.device_count(), options.picture)
     console.print(f"picture: {options.picture}")
     if options.json:
         lists = {key: np.asarray(value).tolist() for key, value in metrics.items()}

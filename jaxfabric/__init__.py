@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from jaxfabric._errors import PlanMismatchError as PlanMismatchError
     from jaxfabric._errors import TransportUnavailableError as TransportUnavailableError
     from jaxfabric._fabric import Fabric as Fabric
-    from jaxfabric._fabric import Window as Window
     from jaxfabric._primitives.barrier import barrier as barrier
     from jaxfabric._primitives.exchange import exchange as exchange
     from jaxfabric._primitives.put import put as put
     from jaxfabric._primitives.scatter import scatter as scatter
     from jaxfabric._primitives.token import token as token
     from jaxfabric._primitives.wait import wait as wait
+    from jaxfabric._window import Window as Window
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _MODULES = {
     "PeerLostError": "_errors",
     "PlanMismatchError": "_errors",
     "TransportUnavailableError": "_errors",
-    "Window": "_fabric",
+    "Window": "_window",
     "barrier": "_primitives.barrier",
     "config": "_config",
     "exchange": "_primitives.exchange",

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxfabric import _axes, _ffi, _sites
+from jaxfabric import _axes, _current, _ffi, _sites
 
 TOKEN_SHAPE = (1,)
 
@@ -42,11 +42,9 @@ def make(
     key: Hashable = None,
 ) -> tuple[Call, tuple[str, ...], int]:
     """Checks where a call stands; returns it, its axis names and their size."""
-    from jaxfabric import _fabric
-
     axis = _axes.axis_tuple(op, axis_name)
     size = _axes.axis_size(op, axis)
-    found = _fabric.require(op, axis, fabric)
+    found = _current.require(op, axis, fabric)
     axes = tuple(found.mesh.axis_names.index(name) for name in axis)
     return (
         Call(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfabric import _axes
-from jaxfabric._fabric import Window
 from jaxfabric._primitives import _call
 from jaxfabric._primitives.window import check_id, check_operand, check_window, scalar
+from jaxfabric._window import Window
 
 
 def put(

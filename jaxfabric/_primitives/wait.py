@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxfabric import _axes
-from jaxfabric._fabric import Window
 from jaxfabric._primitives import _call
 from jaxfabric._primitives.window import check_id, check_window
+from jaxfabric._window import Window
 
 
 def wait(

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfabric._fabric import USER_IDS_MAX, Window
 from jaxfabric._primitives import _call
+from jaxfabric._window import USER_IDS_MAX, Window
 
 
 def check_window(op: str, win: Any, call: _call.Call) -> None:

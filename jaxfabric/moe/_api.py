@@ -182,7 +182,7 @@ def prepare_dispatch(
 
 def find_fabric(axis: tuple[str, ...], fabric: Any) -> Any:
     try:
-        from jaxfabric._fabric import find
+        from jaxfabric._current import find
     except ImportError:  # without the native module only pure JAX is left
         return None
     return find(axis, fabric)

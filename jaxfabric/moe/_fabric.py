@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfabric import _fabric
+from jaxfabric import _current
 from jaxfabric._primitives import _call
 from jaxfabric.moe._plan import Config, DispatchStats, RouteOut
 
@@ -125,7 +125,7 @@ def reduce_done(
 
 
 def _call_of(c: Config, op: str) -> _call.Call:
-    fabric = _fabric.by_key(op, c.axis_name, c.fabric_key)
+    fabric = _current.by_key(op, c.axis_name, c.fabric_key)
     axes = tuple(fabric.mesh.axis_names.index(name) for name in c.axis_name)
     return _call.Call(op, fabric.key, c.axis_name, axes, c.timeout_s or 0.0, c.key)
 
