@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=80, help="training steps")
+    add("--steps", type=int, default=60, help="training steps")
     add("--batch", type=int, default=16, help="sequences per step, over all ranks")
     add("--seed", type=int, default=0, help="of parameters and batches")
     add("--implementation", choices=("fabric", "reference"), default="fabric")
@@ -155,8 +155,8 @@ def train(options: argparse.Namespace, console: rich.console.Console) -> dict[st
             config, options.batch, options.seed, NamedSharding(mesh, P("expert"))
         )
         console.print(
-            f"{mesh.size} ranks in {jax.process_count()} processes, "
-            f"{config.num_experts} experts, {options.implementation}\n"
+            f"ranks: {mesh.size}, processes: {jax.process_count()}, experts: "
+            f"{config.num_experts}, implementation: {options.implementation}\n"
             + moe_report.HEADER
         )
         history: list[dict[str, Any]] = []

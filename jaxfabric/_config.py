@@ -53,7 +53,7 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
             f"{source}={value!r}: expected {kind.__name__}, as in the table of "
             "jaxfabric._config"
         ) from None
-    if converted is not None and kind is not str and converted < 0:
+    if converted is not None and kind is not str and not converted >= 0:
         raise ValueError(f"{source}={value!r}: must not be negative")
     changed: dict[str, Any] = {name: converted}
     return dataclasses.replace(settings, **changed)

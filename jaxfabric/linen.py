@@ -9,6 +9,8 @@ from flax.nnx import bridge
 
 from jaxfabric import nnx
 
+__all__ = ["MoE"]
+
 
 def MoE(
     d_model: int,

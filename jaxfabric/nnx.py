@@ -20,6 +20,8 @@ from jaxfabric import _hf_weights, moe
 from jaxfabric.moe import _api, _checks, _vjp
 from jaxfabric.moe.routers import Router, mixtral, qwen3_moe
 
+__all__ = ["MoE", "MoEStats"]
+
 _Array = jax.Array
 _Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 GroupedMatmul = Callable[[_Array, _Array, _Array], _Array]
@@ -207,6 +209,9 @@ class MoE(nnx.Module):
     ) -> Any:
         """Opens the shard_map; the layer stands outside of any over its axis."""
         mesh = self._mesh(op)
+        ranks = math.prod(mesh.shape[a] for a in self.axis_name)
+        k = self.num_experts_per_tok
+        _checks.experts(op, self.axis_name, self.num_experts, ranks, k)
         axes = tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
         size = math.prod(mesh.shape[a] for a in axes)
         if x.shape[0] % size:
@@ -230,6 +235,9 @@ class MoE(nnx.Module):
             out_specs=out_specs,
             axis_names=set(axes),
         )
+        if not any(isinstance(a, jax.core.Tracer) for a in (x, *weights.values())):
+            # Else it would be compiled operation by operation, which takes seconds.
+            mapped = jax.jit(mapped)
         if AxisType.Explicit not in mesh.axis_types:
             return mapped(x, weights)
         # On Explicit meshes in_specs only assert, and users expect y to be as x is.

@@ -1,4 +1,4 @@
-"""Programs that dead-lock a simpler library; test_dispatch_order.py runs each by itself.
+"""Programs that dead-lock a simpler library; test_dispatch_order.py runs each.
 
 Usage: python dispatch_order_cases.py CASE
 

@@ -42,9 +42,7 @@ def mapped(
     mesh: Mesh, function: Callable[..., Any], spec: P = SPEC
 ) -> Callable[..., Any]:
     """Compiles a function of each rank's shards."""
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
-    )
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
 class Meeting:

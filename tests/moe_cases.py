@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,13 +34,19 @@ IMPLEMENTATIONS = [
 ]
 
 
-def open_fabric(implementation: str, mesh: Mesh) -> contextlib.AbstractContextManager:
-    """An open Fabric where the implementation needs one."""
+@contextlib.contextmanager
+def open_fabric(implementation: str, mesh: Mesh) -> Iterator[None]:
+    """An open Fabric where the implementation needs one.
+
+    JAX runs programs behind the caller's back: wait for results before this ends.
+    """
     if implementation != "fabric":
-        return contextlib.nullcontext()
+        yield
+        return
     import jaxfabric
 
-    return jaxfabric.Fabric(mesh)
+    with jaxfabric.Fabric(mesh):
+        yield
 
 
 def make_mesh(sizes: int | tuple[int, ...], names: tuple[str, ...] = ("expert",)):

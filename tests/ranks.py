@@ -103,7 +103,7 @@ def poisoned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 def draw(rng: np.random.Generator, shape: Sequence[int], dtype: Any) -> np.ndarray:
     """Random values, exactly representable in ``dtype``."""
     dtype = np.dtype(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)

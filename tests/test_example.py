@@ -75,13 +75,24 @@ def test_reports(fabric: dict[str, Any]) -> None:
     most = steps * layers * 4 * 16 * 64 * 2 * (64 * 4 + 32)
     assert 0.2 * most < fabric["sent_mib"] * 2**20 < most
     output = fabric["output"]
-    for text in ("training", "80/80", "experts of layer 1", "dropped: 0 of"):
+    for text in ("training", "60/60", "experts of layer 1", "dropped: 0 of"):
         assert text in output
     assert f"{fabric['loss'][0]:.3f} -> {fabric['loss'][-1]:.3f}" in output
 
 
-def test_reference_has_the_same_losses(fabric: dict[str, Any], tmp_path: Path) -> None:
-    reference = train(tmp_path, "--implementation=reference")
+# One process takes half the time of four, and the losses must not depend on that.
+@pytest.mark.parametrize(
+    "processes", [1, pytest.param(4, marks=pytest.mark.slow)], ids="{}process".format
+)
+def test_reference_has_the_same_losses(
+    fabric: dict[str, Any], tmp_path: Path, processes: int
+) -> None:
+    reference = train(
+        tmp_path,
+        "--implementation=reference",
+        processes=processes,
+        devices=4 // processes,
+    )
     loss, expected = fabric["loss"], reference["loss"]
     assert_close(loss[:COMPARED_STEPS], expected[:COMPARED_STEPS], 1e-5)
     assert_close(loss[-1:], expected[-1:], 5e-3)
@@ -93,17 +104,11 @@ def test_reference_has_the_same_losses(fabric: dict[str, Any], tmp_path: Path) -
 def test_same_losses_on_all_topologies(
     fabric: dict[str, Any], tmp_path: Path, processes: int, devices: int
 ) -> None:
-    """Ranks in one process or in several: to the bit where XLA's sums are the same.
-
-    XLA sums gradients in another order inside one process than between processes.
-    """
+    """To the bit, with ranks in one process or in several; and when run again."""
     run = train(
         tmp_path, f"--steps={SHORT_STEPS}", processes=processes, devices=devices
     )
-    expected = fabric["loss"][:SHORT_STEPS]
-    if processes > 1:
-        np.testing.assert_array_equal(run["loss"], expected)
-    assert_close(run["loss"], expected, 1e-5)
+    np.testing.assert_array_equal(run["loss"], fabric["loss"][:SHORT_STEPS])
 
 
 @pytest.mark.slow

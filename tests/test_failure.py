@@ -18,6 +18,7 @@ import pytest
 from fabric_cases import AXIS, Meeting, mapped, mesh_of_all, place, sleep_until
 
 import jaxfabric as jf
+from jaxfabric._rendezvous import Rendezvous
 
 T, D, K, E = 4, 8, 2, 8
 NOTICE_S = 2.0  # within which the death of a process is an error everywhere
@@ -235,7 +236,7 @@ def moved(fabric: jf.Fabric) -> int:
     return sum(p["messages_received"] for by_peer in peers for p in by_peer.values())
 
 
-@pytest.mark.jaxfabric(processes=4, fresh=True, timeout_s=60)
+@pytest.mark.jaxfabric(processes=4, timeout_s=60)
 def test_a_rank_is_stopped() -> None:
     """SIGSTOP: the others raise when the time limit is over, and name it."""
     me, stopped, limit_s = jax.process_index(), 1, 3.0
@@ -289,7 +290,7 @@ def test_a_rank_raises(op: str) -> None:
     assert took_s < NOTICE_S
     if me != raising:
         names(raised.value, raising)
-        assert "gave up: KeyError: \"a bug of the user's\"" in str(raised.value)
+        assert 'gave up: KeyError: "a bug of the user\'s"' in str(raised.value)
     meeting.gather("left")
 
 
@@ -312,7 +313,7 @@ def test_a_rank_closes_early() -> None:
         assert isinstance(fabric.failure(), jf.PeerLostError)
         fabric.close()
     meeting.gather("closed")
-    with pytest.raises((RuntimeError, ValueError), match="Fabric.* is closed"):
+    with pytest.raises((RuntimeError, ValueError), match=r"Fabric.* is closed"):
         jax.block_until_ready(call())
 
 
@@ -350,6 +351,22 @@ def test_closing_right_after_the_last_step() -> None:
     for _ in range(20):
         with jf.Fabric(mesh):
             jax.block_until_ready(f(*operands))
+
+
+@pytest.mark.jaxfabric(processes=2)
+def test_closing_while_a_slow_process_still_opens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the fast one published stays until the slow one has read it."""
+    if jax.process_index() == 1:
+        get = Rendezvous._get
+
+        def slow_get(self: Rendezvous, key: str, process: int, until: float) -> bytes:
+            time.sleep(0.2)
+            return get(self, key, process, until)
+
+        monkeypatch.setattr(Rendezvous, "_get", slow_get)
+    jf.Fabric(mesh_of_all(), timeout_s=5).close()
 
 
 def different_programs(fabric: jf.Fabric, kind: str, odd: bool) -> Callable[[], Any]:

@@ -59,7 +59,7 @@ def test_a_missing_native_module_says_how_to_get_it(
 
     monkeypatch.delattr(jaxfabric, "_native", raising=False)
     monkeypatch.setitem(sys.modules, "jaxfabric._native", None)
-    with pytest.raises(ImportError, match="native module is missing.*pip install"):
+    with pytest.raises(ImportError, match=r"native module is missing.*pip install"):
         _ffi.native()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 from moe_cases import make_mesh
@@ -27,11 +28,12 @@ class Block(linen.Module):
         return linen.Dense(1)(x)
 
 
+@pytest.mark.smoke
 def test_init_apply_grad() -> None:
     mesh = make_mesh(4)
     layer: Any = jaxfabric.linen.MoE(D, F, E, K, mesh=mesh, router="mixtral")
     x = np.random.default_rng(0).normal(size=(8, D)).astype(np.float32)
-    variables = layer.init(jax.random.key(0), x)
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
     params = linen.unbox(variables)["params"]
     assert set(params) == {"gate", "w_gate", "w_up", "w_down"}
     assert params["w_down"].shape == (E, F, D)
@@ -43,7 +45,8 @@ def test_init_apply_grad() -> None:
         getattr(twin, name).set_value(value)
     y = jax.jit(layer.apply)(variables, x)
     np.testing.assert_allclose(y, twin(x), rtol=1e-6, atol=1e-7)
-    same, stats = layer.apply(variables, x, return_stats=True)
+    with_stats = jax.jit(lambda *a: layer.apply(*a, return_stats=True))
+    same, stats = with_stats(variables, x)
     np.testing.assert_allclose(same, y, rtol=1e-6, atol=1e-7)
     assert int(stats.expert_load.sum()) == 8 * K
 
@@ -51,7 +54,7 @@ def test_init_apply_grad() -> None:
         return (layer.apply({"params": params}, x) ** 2).sum()
 
     grads = jax.jit(jax.grad(loss))(params)
-    wanted = nnx.grad(lambda twin: (twin(x) ** 2).sum())(twin)
+    wanted = nnx.jit(nnx.grad(lambda twin: (twin(x) ** 2).sum()))(twin)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, wanted[name][...], rtol=1e-5, atol=1e-6)
 
@@ -59,7 +62,7 @@ def test_init_apply_grad() -> None:
 def test_inside_of_a_model() -> None:
     model: Any = Block(make_mesh(4))
     x = np.random.default_rng(0).normal(size=(8, D)).astype(np.float32)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     params = linen.unbox(variables)["params"]
     assert params["moe"]["w_gate"].shape == (E, D, F)
 

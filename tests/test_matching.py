@@ -212,7 +212,9 @@ def test_what_cannot_be_told_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -
         return on_ranks(mesh, body)
 
     with jf.Fabric(mesh, timeout_s=20):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"token=.*key=") as refusal:
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match=r"token=.*key="
+        ) as refusal:
             program(keyed=False)(x)
         assert "nothing orders them" in str(refusal.value)
     with jf.Fabric(mesh) as fabric:

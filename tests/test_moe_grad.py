@@ -146,6 +146,7 @@ def test_unused_rows_do_not_spoil_gradients(implementation: str) -> None:
         grads = jax.jit(jax.grad(lambda *a: (mapped(*a) ** 2).sum(), argnums=(0, 2)))(
             *arrays
         )
+        jax.block_until_ready(grads)
     for grad in grads:
         assert np.isfinite(grad).all()
     mask = (ids >= 0).astype(np.float32).reshape(-1, K)
@@ -155,6 +156,7 @@ def test_unused_rows_do_not_spoil_gradients(implementation: str) -> None:
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_low_precision_gradients(implementation: str) -> None:
     """bfloat16 rows have bfloat16 gradients, routing weights float32 ones."""
@@ -178,6 +180,7 @@ def test_low_precision_gradients(implementation: str) -> None:
     )
     with open_fabric(implementation, mesh):
         dx, dw = jax.jit(jax.grad(lambda *a: mapped(*a).sum(), (0, 2)))(*arrays)
+        jax.block_until_ready((dx, dw))
     assert dx.dtype == jnp.bfloat16
     assert dw.dtype == jnp.float32
     total = np.broadcast_to(weights.reshape(-1, K).sum(1, keepdims=True), dx.shape)

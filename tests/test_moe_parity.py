@@ -54,7 +54,7 @@ def layer_block(
 
     grad = nnx.grad(loss, argnums=(0, 1), has_aux=True)
     with open_fabric(implementation, mesh), jax.default_matmul_precision("highest"):
-        (params, dx), y = nnx.jit(grad)(layer, case["x"])
+        (params, dx), y = jax.block_until_ready(nnx.jit(grad)(layer, case["x"]))
     d = {n: np.asarray(params[n][...]) for n in ("gate", "w_gate", "w_up", "w_down")}
     gate_up = np.concatenate([d["w_gate"], d["w_up"]], axis=2).swapaxes(1, 2)
     return {

@@ -109,6 +109,7 @@ def test_own_checkpoint_name(halves: bool) -> None:
     assert rows_sent(jax.make_jaxpr(grad)(*arrays).jaxpr) == 2
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_plan_is_a_value(implementation: str) -> None:
     """A plan is used twice, out of order, after other dispatches, under remat."""
@@ -234,7 +235,7 @@ def test_explicit_mesh(implementation: str) -> None:
     with open_fabric(implementation, mesh), jax.set_mesh(mesh):
         placed = [jax.device_put(a, NamedSharding(mesh, SPEC)) for a in arrays]
         np.testing.assert_allclose(jax.jit(mapped)(*placed), expected, atol=1e-6)
-        grad = jax.jit(jax.grad(lambda *a: mapped(*a).sum()))(*placed)
+        grad = np.asarray(jax.jit(jax.grad(lambda *a: mapped(*a).sum()))(*placed))
     assert np.isfinite(grad).all()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_layer(implementation: str, sizes: Any, names: Any, router: str) -> None
 
     with open_fabric(implementation, mesh):
         grad = nnx.jit(nnx.grad(loss, argnums=(0, 1), has_aux=True))
-        (_, dx), (y, stats) = grad(layer, x)
+        (_, dx), (y, stats) = jax.block_until_ready(grad(layer, x))
     np.testing.assert_allclose(y, dense(layer, x), rtol=0, atol=1e-5)
     want = jax.grad(lambda x: (dense(layer, x) ** 2).sum())(x)
     np.testing.assert_allclose(dx, want, rtol=0, atol=1e-4)
@@ -153,6 +154,7 @@ def test_transforms(implementation: str) -> None:
         value, grads = jax.jit(jax.value_and_grad(loop))(states, x)
         scanned, stacked_grads = jax.jit(jax.value_and_grad(scan))(stacked, x)
         rematerialised, more_grads = remat(layers, x)
+        jax.block_until_ready((grads, stacked_grads, more_grads))
     np.testing.assert_allclose(scanned, value, rtol=1e-6)
     np.testing.assert_allclose(rematerialised, value, rtol=1e-6)
     for i in range(3):
@@ -195,9 +197,9 @@ def test_explicit_mesh(given: str) -> None:
     auto = make_mesh((2, 4), ("data", "expert"))
     want = apply(make_layer(auto), tokens())
     argument = mesh if given != "context" else None
-    context = (
-        jax.set_mesh(mesh) if given != "argument" else jax.set_mesh(auto.empty_mesh)
-    )
+    context: Any = contextlib.nullcontext()
+    if given != "argument":
+        context = jax.set_mesh(mesh)
     with context:
         layer = make_layer(argument)
         for spec in (P("data"), P(), P(("data", "expert"))):
@@ -251,9 +253,9 @@ def test_low_precision() -> None:
     y = apply(layer, tokens())
     assert y.dtype == jnp.bfloat16
     assert layer.w_up[...].dtype == jnp.float32
-    np.testing.assert_allclose(
-        y.astype(np.float32), dense(layer, tokens()), rtol=0, atol=0.1
-    )
+    # Rounding may route the odd token elsewhere, but no more than that.
+    error = abs(y.astype(np.float32) - dense(layer, tokens())).max(-1)
+    assert (error > 0.02).sum() <= 1
     small = make_layer(mesh, param_dtype=jnp.bfloat16)
     assert small.gate[...].dtype == jnp.bfloat16
     assert apply(small, tokens()).dtype == jnp.float32

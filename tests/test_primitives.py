@@ -64,7 +64,7 @@ def test_put_and_wait(
     without one puts to itself, so that each rank can wait for as many.
     """
     rng = np.random.default_rng(seed)
-    dtype = jnp.dtype(dtype)
+    kind = jnp.dtype(dtype)
     goes = np.stack([rng.permutation(ranks) for _ in range(puts)], axis=1)
     goes[rng.random(goes.shape) < 0.3] = -1
     hit = np.stack([np.isin(np.arange(ranks), column) for column in goes.T], axis=1)
@@ -73,16 +73,16 @@ def test_put_and_wait(
     # Each source and put has a place of its own in the window, in random order.
     place = rng.permutation(ranks * 2 * puts).reshape(ranks, 2 * puts)
     offset = (place * items).astype(np.int32)
-    x = draw(rng, (ranks, 2 * puts, items), dtype)
+    x = draw(rng, (ranks, 2 * puts, items), kind)
     ids = rng.integers(0, 3, puts)
-    want = poisoned((ranks, ranks * 2 * puts * items + 3), dtype)
+    want = poisoned((ranks, ranks * 2 * puts * items + 3), kind)
     for source, j in np.argwhere(dst >= 0):
         at = offset[source, j]
         want[dst[source, j], at : at + items] = x[source, j]
 
     mesh = make_mesh(ranks)
     with jf.Fabric(mesh, **options) as fabric:
-        win = fabric.window(want.shape[1], dtype)
+        win = fabric.window(want.shape[1], kind)
 
         def program(x: Any, dst: Any, offset: Any) -> jax.Array:
             token = fill(win, jf.token())
@@ -123,20 +123,20 @@ def test_scatter(
 ) -> None:
     """Rank s sends slice i to rank i if (i - s) mod N is in a random set."""
     rng = np.random.default_rng(seed)
-    dtype = jnp.dtype(dtype)
+    kind = jnp.dtype(dtype)
     items = int(np.prod(shape))
     steps = np.flatnonzero(rng.random(ranks) < 0.7)
-    x = draw(rng, (ranks, ranks, *shape), dtype)
+    x = draw(rng, (ranks, ranks, *shape), kind)
     sends = np.isin((np.arange(ranks) - np.arange(ranks)[:, None]) % ranks, steps)
     place = rng.permutation(ranks)[:, None] * items
     offsets = np.where(sends, place, -1).astype(np.int32)
-    want = poisoned((ranks, ranks * items), dtype)
+    want = poisoned((ranks, ranks * items), kind)
     for s, i in np.argwhere(sends):
         want[i, offsets[s, i] : offsets[s, i] + items] = x[s, i].reshape(-1)
 
     mesh = make_mesh(ranks)
     with jf.Fabric(mesh, **options) as fabric:
-        win = fabric.window(want.shape[1], dtype)
+        win = fabric.window(want.shape[1], kind)
 
         def program(x: Any, offsets: Any) -> jax.Array:
             token = fill(win, jf.token())
@@ -230,13 +230,13 @@ def test_counts_carry_over(options: dict[str, Any]) -> None:
         left = np.roll(x, 1, axis=0)
         np.testing.assert_array_equal(np.asarray(late)[:, 3:], left)
         np.testing.assert_array_equal(np.asarray(got)[:, :3], left)
+
         # Nothing is left, so one more wait runs into its time limit.
+        def starve(x: Any) -> jax.Array:
+            return jf.wait(win, axis_name="x", id=7, timeout_s=0.3)[0]
+
         with pytest.raises(jax.errors.JaxRuntimeError, match="of which 0 have come"):
-
-            def starve(x: Any) -> jax.Array:
-                return jf.wait(win, axis_name="x", id=7, timeout_s=0.3)[0]
-
-            jax.block_until_ready(on_ranks(mesh, starve)(x))
+            on_ranks(mesh, starve)(x)
         assert isinstance(fabric.failure(), jf.DeadlineError)
 
 

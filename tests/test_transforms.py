@@ -1,4 +1,4 @@
-"""The primitives under grad, vmap, scan, cond, while, checkpoint and shard_map's modes."""
+"""The primitives under grad, vmap, loops, branches, checkpoint and kinds of meshes."""
 
 from __future__ import annotations
 
@@ -212,9 +212,7 @@ def test_cotangents_of_tokens_run_in_reverse() -> None:
 
     def chain(x: Any, token: Any) -> Any:
         for i in range(3):
-            x, token = jf.exchange(
-                x, RING, axis_name="x", token=token, key=f"step {i}"
-            )
+            x, token = jf.exchange(x, RING, axis_name="x", token=token, key=f"step {i}")
             token = jf.barrier("x", token=token, key=f"meet {i}")
         return x, token
 
@@ -285,9 +283,7 @@ def test_vmap_is_refused_where_it_would_multiply_calls() -> None:
             ("jf.put", lambda x: jf.put(win, x, 0, axis_name="x")),
             (
                 "jf.scatter",
-                lambda x: jf.scatter(
-                    *(win, x, jnp.zeros(N, jnp.int32)), axis_name="x"
-                ),
+                lambda x: jf.scatter(*(win, x, jnp.zeros(N, jnp.int32)), axis_name="x"),
             ),
             ("jf.wait", lambda x: jf.wait(win, axis_name="x", token=x[0, :1])[0]),
             ("jf.barrier", lambda x: jf.barrier("x", token=x[0, :1])),

@@ -68,6 +68,11 @@ def put(
     check_operand(op, win, x, x.size)
     if isinstance(dst, int) and dst >= size:
         raise ValueError(f"{op}: dst={dst}, but axis {axis} has size {size}")
+    if isinstance(offset, int) and not 0 <= offset <= win.size - x.size:
+        raise ValueError(
+            f"{op}: offset={offset} and {x.size} elements do not fit a window of "
+            f"{win.size}"
+        )
     operands = _axes.unify(
         axis,
         x,

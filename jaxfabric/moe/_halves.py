@@ -156,12 +156,8 @@ def dispatch_done(pending: DispatchPending) -> Dispatched:
             f"{type(pending).__name__}"
         )
     p = pending
-    out = _route_done(p.config, p.posted, p.x, p.ids, p.weights, p.token)
+    out = _named_route_done(p.config, p.posted, p.x, p.ids, p.weights, p.token)
     return _api.dispatched(p.config, p.ids, out)
-
-
-def _finish_route(c: Config, posted: Any) -> RouteOut:
-    return _vjp.named(c, _kernels(c).route_done(c, posted))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,14 +165,13 @@ def _route_done(
     c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     del x, ids, weights, token  # only their cotangents matter
-    return _finish_route(c, posted)
+    return _kernels(c).route_done(c, posted)
 
 
 def _route_done_fwd(
     c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[RouteOut, _vjp.Routes]:
-    del x, weights, token
-    out = _finish_route(c, posted)
+    out = _route_done(c, posted, x, ids, weights, token)
     return out, _vjp.Routes(ids, out.recv_count, out.slot_row)
 
 
@@ -184,7 +179,23 @@ def _route_done_bwd(c: Config, routes: _vjp.Routes, ct: RouteOut) -> tuple[Any, 
     return (None, *_vjp.route_bwd(c, routes, ct))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _named_route_done(
+    c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
+) -> RouteOut:
+    return _vjp.named(c, _route_done(c, posted, x, ids, weights, token))
+
+
+def _named_route_done_fwd(
+    c: Config, posted: Any, x: _Array, ids: _Array, weights: _Array, token: _Array
+) -> tuple[RouteOut, _vjp.Routes]:
+    # Named here for the reason given in _vjp.
+    out = _vjp.named(c, _route_done(c, posted, x, ids, weights, token))
+    return out, _vjp.Routes(ids, out.recv_count, out.slot_row)
+
+
 _route_done.defvjp(_route_done_fwd, _route_done_bwd)
+_named_route_done.defvjp(_named_route_done_fwd, _route_done_bwd)
 
 
 def combine_start(
@@ -254,11 +265,6 @@ def combine_done(pending: CombinePending) -> _Array | tuple[_Array, _Array]:
     return (y, token) if p.returns_token else y
 
 
-def _finish_reduce(c: Config, posted: Any) -> tuple[_Array, _Array]:
-    y, _, token = _kernels(c).reduce_done(c, posted)
-    return y, token
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _reduce_done(
     c: Config,
@@ -270,7 +276,8 @@ def _reduce_done(
     token: _Array,
 ) -> tuple[_Array, _Array]:
     del accum_dtype, rows, weights, routes, token  # only their cotangents matter
-    return _finish_reduce(c, posted)
+    y, _, token = _kernels(c).reduce_done(c, posted)
+    return y, token
 
 
 def _reduce_done_fwd(
@@ -282,8 +289,7 @@ def _reduce_done_fwd(
     routes: _vjp.Routes,
     token: _Array,
 ) -> tuple[tuple[_Array, _Array], _vjp.Reducible]:
-    del accum_dtype, token
-    out = _finish_reduce(c, posted)
+    out = _reduce_done(c, accum_dtype, posted, rows, weights, routes, token)
     return out, _vjp.reduce_residuals(rows, weights, routes)
 
 

@@ -62,28 +62,35 @@ def named(c: Config, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, c.name), tree)
 
 
-# jax.checkpoint saves named values only where it sees them. So the names are given in
-# here, to make the residuals named values too, and forward rules call plain functions:
-# a custom_vjp function inside would hide its names. Else a remat that saves the names
-# would still repeat the dispatch.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _route(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
-    return named(c, kernels(c).route(c, x, ids, weights, token))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def route(
-    c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
-) -> RouteOut:
-    """Differentiable dispatch."""
-    return _route(c, x, ids, weights, token)
+    return kernels(c).route(c, x, ids, weights, token)
 
 
 def _route_fwd(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[RouteOut, Routes]:
     out = _route(c, x, ids, weights, token)
+    return out, Routes(ids, out.recv_count, out.slot_row)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def route(
+    c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
+) -> RouteOut:
+    """Differentiable dispatch, its outputs named for jax.checkpoint."""
+    return named(c, _route(c, x, ids, weights, token))
+
+
+def _named_route_fwd(
+    c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
+) -> tuple[RouteOut, Routes]:
+    # The residuals must be named values, and named where jax.checkpoint sees it: not
+    # in the inner function. Else a remat that saves the names would still repeat the
+    # dispatch for its residuals.
+    out = named(c, _route(c, x, ids, weights, token))
     return out, Routes(ids, out.recv_count, out.slot_row)
 
 
@@ -98,14 +105,8 @@ def route_bwd(
     return dx, None, dweights, token
 
 
-route.defvjp(_route_fwd, route_bwd)
-
-
-def _replay(
-    c: Config, x: _Array, routes: Routes, token: _Array
-) -> tuple[_Array, _Array]:
-    c = dataclasses.replace(c, hidden=x.shape[1])
-    return kernels(c).replay(c, x, *routes, token)
+_route.defvjp(_route_fwd, route_bwd)
+route.defvjp(_named_route_fwd, route_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,13 +114,14 @@ def replay(
     c: Config, x: _Array, routes: Routes, token: _Array
 ) -> tuple[_Array, _Array]:
     """Differentiable: another x[T, D] along a plan, to expert or unique rows."""
-    return _replay(c, x, routes, token)
+    c = dataclasses.replace(c, hidden=x.shape[1])
+    return kernels(c).replay(c, x, *routes, token)
 
 
 def _replay_fwd(
     c: Config, x: _Array, routes: Routes, token: _Array
 ) -> tuple[tuple[_Array, _Array], Routes]:
-    return _replay(c, x, routes, token), routes
+    return replay(c, x, routes, token), routes
 
 
 def _replay_bwd(
@@ -134,21 +136,6 @@ replay.defvjp(_replay_fwd, _replay_bwd)
 _Reduced = tuple[_Array, _Array | None, _Array]
 
 
-def _reduce(
-    c: Config,
-    accum_dtype: Any,
-    rows: _Array,
-    row_weights: _Array | None,
-    scalars: _Array | None,
-    routes: Routes,
-    token: _Array,
-) -> _Reduced:
-    c = dataclasses.replace(c, hidden=rows.shape[1])
-    return kernels(c).reduce(
-        c, rows, row_weights, scalars, *routes, token, accum_dtype=accum_dtype
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def reduce(
     c: Config,
@@ -160,7 +147,10 @@ def reduce(
     token: _Array,
 ) -> _Reduced:
     """Differentiable combine; scalars[R] come back to their slots [T, K]."""
-    return _reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
+    c = dataclasses.replace(c, hidden=rows.shape[1])
+    return kernels(c).reduce(
+        c, rows, row_weights, scalars, *routes, token, accum_dtype=accum_dtype
+    )
 
 
 class Reducible(NamedTuple):
@@ -187,7 +177,7 @@ def _reduce_fwd(
     routes: Routes,
     token: _Array,
 ) -> tuple[_Reduced, Reducible]:
-    out = _reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
+    out = reduce(c, accum_dtype, rows, row_weights, scalars, routes, token)
     return out, reduce_residuals(rows, row_weights, routes)
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+__all__ = ["mixtral", "qwen3_moe"]
+
 Router = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 

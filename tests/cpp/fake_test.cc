@@ -76,29 +76,41 @@ TEST(FakeTest, TheSeedDecides) {
   EXPECT_NE(OrderOfArrival(7), OrderOfArrival(8));
 }
 
-TEST(FakeTest, AWriteIsSeenInPiecesBeforeItsImmediate) {
+// Whether part of a write is seen before the rest of it.
+bool SeenInPieces(uint64_t seed) {
   constexpr size_t kBytes = 1 << 10;
   auto transport = Open({.network = "pieces",
-                         .seed = 9,
+                         .seed = seed,
                          .pieces_max = 64,
                          .delay_max_ns = 50'000'000});
   ConformanceRank from(*transport, kBytes);
   ConformanceRank to(*transport, kBytes);
   const PeerId peer = from.Add(to);
   std::memset(from.data(), 1, kBytes);
-  ASSERT_TRUE(
+  EXPECT_TRUE(
       from.domain()
           .PostWriteImm(peer, from.Source(0), to.Target(0), kBytes, 1, 1)
           .ok());
+  const auto arrived = [&] {
+    return std::count(to.data(), to.data() + kBytes, std::byte{1});
+  };
   bool partial = false;
   const Deadline deadline = Deadline::AfterSeconds(30);
   while (to.immediates.empty() && !deadline.Expired()) {
-    const auto ones = std::count(to.data(), to.data() + kBytes, std::byte{1});
-    partial |= ones > 0 && static_cast<size_t>(ones) < kBytes;
+    partial |= arrived() > 0 && arrived() < static_cast<ptrdiff_t>(kBytes);
     to.Poll();
   }
-  EXPECT_TRUE(partial) << "no chaos: the write came in one piece";
-  EXPECT_EQ(std::count(to.data(), to.data() + kBytes, std::byte{1}), kBytes);
+  EXPECT_EQ(arrived(), static_cast<ptrdiff_t>(kBytes));
+  return partial;
+}
+
+TEST(FakeTest, AWriteIsSeenInPiecesBeforeItsImmediate) {
+  // A busy machine may let this thread miss all of one write's pieces.
+  bool seen = false;
+  for (uint64_t seed = 1; seed <= 20 && !seen; ++seed) {
+    seen = SeenInPieces(seed);
+  }
+  EXPECT_TRUE(seen) << "no chaos: each write came in one piece";
 }
 
 TEST(FakeTest, TheSourceIsReadOnDelivery) {

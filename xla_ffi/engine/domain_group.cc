@@ -10,6 +10,7 @@ namespace jaxfabric {
 namespace {
 
 constexpr size_t kPollBatch = 64;
+constexpr uint64_t kMessageCookie = 0;
 
 // Cuts pieces at `chunk_bytes`. There is at least one chunk, so that a transfer
 // of no bytes is counted too.
@@ -130,8 +131,9 @@ bool DomainGroup::PumpMessages(uint32_t, Peer& peer) {
   bool moved = false;
   while (!peer.messages.empty()) {
     auto posted = domains_[0]->PostSend(peer.links[0].id, peer.messages.front(),
-                                        /*cookie=*/0);
+                                        kMessageCookie);
     if (posted.ok() && *posted == Posted::kAgain) break;
+    if (posted.ok()) ++open_messages_;
     peer.messages.pop_front();  // a failed one is noticed as a lost peer
     moved = true;
   }
@@ -216,14 +218,18 @@ void DomainGroup::LosePeer(uint32_t name, const Status& status,
 void DomainGroup::Handle(size_t domain, Completion& completion,
                          std::vector<Event>* events) {
   using Kind = Completion::Kind;
-  if (completion.kind == Kind::kWriteDone || completion.kind == Kind::kError) {
+  if (completion.kind == Kind::kWriteDone || completion.kind == Kind::kError ||
+      completion.kind == Kind::kSendDone) {
+    if (completion.cookie == kMessageCookie) --open_messages_;
     const auto found = open_.find(completion.cookie);
     if (found == open_.end()) return;  // a message's, or not ours
     const std::shared_ptr<Transfer> transfer = std::move(found->second);
     open_.erase(found);
     --open_chunks_[domain];
     --transfer->open;
-    Retire(transfer, completion.status);
+    // Only an error sets it: else it is what an earlier completion left there.
+    Retire(transfer, completion.kind == Kind::kError ? completion.status
+                                                     : OkStatus());
     return;
   }
   const auto name = names_[domain].find(completion.peer);
@@ -237,6 +243,13 @@ void DomainGroup::Handle(size_t domain, Completion& completion,
   } else if (completion.kind == Kind::kPeerLost) {
     LosePeer(name->second, completion.status, events);
   }
+}
+
+bool DomainGroup::Idle() const {
+  return open_messages_ == 0 &&
+         std::all_of(peers_.begin(), peers_.end(), [](const auto& item) {
+           return item.second.messages.empty();
+         });
 }
 
 bool DomainGroup::Poll(std::vector<Event>* events) {

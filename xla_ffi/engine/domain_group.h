@@ -90,6 +90,9 @@ class DomainGroup {
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
                            uint64_t length);
 
+  // True if no control message waits or is on its way.
+  bool Idle() const;
+
   // Moves everything forward; true if anything happened.
   bool Poll(std::vector<Event>* events);
 
@@ -134,6 +137,7 @@ class DomainGroup {
   size_t turn_next_ = 0;
   std::unordered_map<uint64_t, std::shared_ptr<Transfer>> open_;  // by cookie
   uint64_t next_cookie_ = 1;
+  uint64_t open_messages_ = 0;
 };
 
 }  // namespace jaxfabric

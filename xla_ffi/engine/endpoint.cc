@@ -20,6 +20,12 @@ Endpoint::Loss Endpoint::Departed(uint32_t rank) {
                  "it closed its Fabric while this rank still needs it")};
 }
 
+// A goodbye may overtake messages that were sent before it.
+bool Endpoint::Gone(const Peer& peer) {
+  return peer.departed &&
+         peer.stats.messages_received >= peer.messages_until_goodbye;
+}
+
 Endpoint::Endpoint(EndpointOptions options,
                    std::vector<std::unique_ptr<Domain>> domains, Lost lost)
     : options_(options),
@@ -131,7 +137,7 @@ bool Endpoint::Expect(MatchKey key, std::vector<uint32_t> sources,
       return true;
     }
     for (uint32_t source : matches_.Missing(key)) {
-      if (peers_.at(source)->departed) departed = source;
+      if (Gone(*peers_.at(source))) departed = source;
     }
   }
   if (departed) lost_(Departed(*departed));
@@ -144,7 +150,11 @@ std::string Endpoint::DescribeMissing(MatchKey key) const {
   for (uint32_t source : matches_.Missing(key)) {
     text += (text.empty() ? "rank " : ", rank ") + std::to_string(source);
   }
-  if (text.empty()) text = "credit to send";
+  for (const auto& [name, peer] : peers_) {
+    if (text.empty() && !peer->outbox.waiting().empty()) {
+      text = "credit to send";
+    }
+  }
   const std::string unmatched = matches_.DescribeUnmatched();
   if (!unmatched.empty()) {
     text += "; what came instead matches no call here: " + unmatched +
@@ -264,13 +274,17 @@ void Endpoint::FlushCredits(uint32_t name, Peer& peer) {
 void Endpoint::TakeCredits(uint32_t name, Peer& peer, uint64_t mask,
                            Tasks* tasks) {
   peer.outbox.Credit(mask);
+  SendWaiting(peer, tasks);
+  if (!peer.outbox.waiting().empty()) {
+    SendControl(name, ControlMessage::Type::kWantCredits, 0, "");
+  }
+}
+
+void Endpoint::SendWaiting(Peer& peer, Tasks* tasks) {
   std::deque<Outgoing>& waiting = peer.outbox.waiting();
   while (!waiting.empty()) {
     const auto place = peer.outbox.Reserve(waiting.front().bytes);
-    if (!place) {
-      SendControl(name, ControlMessage::Type::kWantCredits, 0, "");
-      return;
-    }
+    if (!place) return;
     tasks->push_back(
         [this, place = *place, outgoing = std::move(waiting.front())] {
           PackAndPost(outgoing, place);
@@ -296,6 +310,10 @@ bool Endpoint::Progress() {
     std::vector<DomainGroup::Event> events;
     moved = group_.Poll(&events);
     HandleEvents(events, &tasks, &losses);
+    // A write that ends after its credit came makes room, too.
+    if (moved) {
+      for (auto& [name, peer] : peers_) SendWaiting(*peer, &tasks);
+    }
     if (!puts_.empty()) PumpPuts();
   }
   PostAll(std::move(tasks));
@@ -391,7 +409,8 @@ void Endpoint::SayGoodbye() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& [name, peer] : peers_) {
     if (peer->lost) continue;
-    SendControl(name, ControlMessage::Type::kGoodbye, 0, "");
+    SendControl(name, ControlMessage::Type::kGoodbye,
+                peer->stats.messages_sent, "");
   }
 }
 
@@ -411,7 +430,7 @@ void Endpoint::DropWaiting() {
 
 bool Endpoint::Drained() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return writes_open_ == 0;
+  return writes_open_ == 0 && group_.Idle();
 }
 
 std::unordered_map<uint32_t, PeerStats> Endpoint::stats() const {

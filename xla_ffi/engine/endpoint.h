@@ -106,7 +106,7 @@ class Endpoint {
   void SayGoodbye();
   // Drops all that waits here. Whoever waits must have been failed before.
   void DropWaiting();
-  // True once nothing posted here is on its way.
+  // True once nothing posted here is on its way, control messages included.
   bool Drained() const;
 
   std::unordered_map<uint32_t, PeerStats> stats() const;
@@ -126,7 +126,9 @@ class Endpoint {
     RankAddress address;
     std::byte* direct = nullptr;  // the peer's heap, if mapped here
     bool lost = false;
-    bool departed = false;  // it said goodbye; not a failure unless needed
+    // It said goodbye, after so many messages; not a failure unless needed.
+    bool departed = false;
+    uint64_t messages_until_goodbye = 0;
     PeerStats stats;
     Outbox outbox;
     Inbox inbox;
@@ -136,12 +138,16 @@ class Endpoint {
   Endpoint(EndpointOptions options,
            std::vector<std::unique_ptr<Domain>> domains, Lost lost);
   static Loss Departed(uint32_t rank);
+  // Whether no message comes from `peer` any more.
+  static bool Gone(const Peer& peer);
   Status OpenHeap();
   void PackAndPost(const Outgoing& outgoing, Outbox::Place place);
   void SendControl(uint32_t peer, ControlMessage::Type type, uint64_t argument,
                    const std::string& text);
   void FlushCredits(uint32_t name, Peer& peer);
   void TakeCredits(uint32_t name, Peer& peer, uint64_t mask, Tasks* tasks);
+  // Sends what waits, as far as there is room now.
+  void SendWaiting(Peer& peer, Tasks* tasks);
   Status OnImmediate(uint32_t name, Peer& peer, uint32_t word, Tasks* tasks);
   Status OnMailbox(uint32_t name, Peer& peer, uint32_t slot, Tasks* tasks);
   Status OnControl(uint32_t name, Peer& peer, const std::string& bytes,

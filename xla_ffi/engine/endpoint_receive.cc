@@ -47,12 +47,12 @@ Status Endpoint::OnMailbox(uint32_t name, Peer& peer, uint32_t slot,
       descriptor.offset > options_.heap.mailbox_bytes - descriptor.length) {
     return Nonsense(name, "a descriptor that is out of bounds");
   }
-  TakeCredits(name, peer, descriptor.credits, tasks);
   if (descriptor.generation != options_.generation) {
     ++peer.stats.stale_dropped;
     peer.inbox.GiveBack(slot, descriptor.length);
     return OkStatus();
   }
+  TakeCredits(name, peer, descriptor.credits, tasks);
   ++peer.stats.messages_received;
   peer.stats.message_bytes_received += descriptor.length;
   peer.inbox.Hold(slot);
@@ -103,9 +103,7 @@ Status Endpoint::OnControl(uint32_t name, Peer& peer, const std::string& bytes,
       return OkStatus();
     case ControlMessage::Type::kGoodbye:
       peer.departed = true;
-      if (!peer.outbox.waiting().empty() || matches_.Awaits(name)) {
-        losses->push_back(Departed(name));
-      }
+      peer.messages_until_goodbye = message.argument;
       return OkStatus();
   }
   return OkStatus();
@@ -129,6 +127,9 @@ void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
     }
     if (!status.ok()) {
       losses->push_back({event.peer, /*told=*/false, std::move(status)});
+    } else if (Gone(peer) && (!peer.outbox.waiting().empty() ||
+                              matches_.Awaits(event.peer))) {
+      losses->push_back(Departed(event.peer));
     }
   }
 }

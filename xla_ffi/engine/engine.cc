@@ -13,6 +13,8 @@ constexpr int64_t kSleepMaxNs = 50'000'000;
 // What is under way when an Engine closes has failed by then and only finishes
 // copies; should one be stuck in the user's program, closing goes on.
 constexpr double kCloseWaitS = 10;
+// So long, peers may take to accept what was said last.
+constexpr double kFlushWaitS = 1;
 
 }  // namespace
 
@@ -56,6 +58,11 @@ Engine::~Engine() {
        /*tell_peers=*/false);
   const Deadline deadline = Deadline::AfterSeconds(kCloseWaitS);
   while (operations_under_way() > 0 && !deadline.Expired()) {
+    Doorbell& doorbell = transport_->doorbell();
+    doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
+  }
+  const Deadline flush = Deadline::AfterSeconds(kFlushWaitS);
+  while (worker_.joinable() && !Drained() && !flush.Expired()) {
     Doorbell& doorbell = transport_->doorbell();
     doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
   }
@@ -179,9 +186,15 @@ void Engine::OnLost(Endpoint::Loss loss) {
   Fail(std::move(loss.status), /*tell_peers=*/!loss.told);
 }
 
-void Engine::FailExpired() {
+void Engine::EndFailedAndExpired() {
   for (const OperationPtr& operation : LiveOperations()) {
-    if (!operation->deadline().Expired() || operation->failed()) continue;
+    const Status failed = operation->status();
+    if (!failed.ok()) {
+      // One that failed while sending waits for answers that may never come.
+      Fail(failed, /*tell_peers=*/true);
+      continue;
+    }
+    if (!operation->deadline().Expired()) continue;
     const std::string text =
         operation->Describe() +
         "; a slow step needs a larger timeout_s= or JAXFABRIC_TIMEOUT_S";
@@ -210,6 +223,11 @@ void Engine::SayGoodbye() {
   for (auto& [rank, endpoint] : endpoints_) endpoint->SayGoodbye();
 }
 
+bool Engine::Drained() const {
+  return std::all_of(endpoints_.begin(), endpoints_.end(),
+                     [](const auto& item) { return item.second->Drained(); });
+}
+
 size_t Engine::operations_under_way() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return operations_.size();
@@ -227,7 +245,7 @@ void Engine::Work() {
     const int64_t now_ns = MonotonicNanoseconds();
     if (now_ns - last_check_ns >= kSleepMaxNs) {
       last_check_ns = now_ns;
-      FailExpired();
+      EndFailedAndExpired();
     }
     if (moved) {
       last_moved_ns = now_ns;

@@ -79,7 +79,8 @@ class Engine {
   Engine(EngineOptions options, std::unique_ptr<Transport> transport);
   Status OpenEndpoints();
   void Work();
-  void FailExpired();
+  void EndFailedAndExpired();
+  bool Drained() const;
   void OnLost(Endpoint::Loss loss);
   std::vector<OperationPtr> LiveOperations() const;
 

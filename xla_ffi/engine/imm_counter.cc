@@ -15,8 +15,14 @@ Status ImmCounterTable::Add(uint32_t id, uint64_t units,
                   "more than " + std::to_string(kIdsMax) +
                       " ids hold transfers that nobody waits for");
   }
+  counters_[id].units += units;
+  SettleLocked(id, ready);
+  return OkStatus();
+}
+
+void ImmCounterTable::SettleLocked(uint32_t id,
+                                   std::vector<std::function<void()>>* ready) {
   Counter& counter = counters_[id];
-  counter.units += units;
   while (!counter.expectations.empty() &&
          counter.units >= counter.expectations.front().units) {
     Expectation& first = counter.expectations.front();
@@ -26,7 +32,6 @@ Status ImmCounterTable::Add(uint32_t id, uint64_t units,
     counter.expectations.pop_front();
   }
   if (counter.units == 0 && counter.expectations.empty()) counters_.erase(id);
-  return OkStatus();
 }
 
 ImmCounterTable::Handle ImmCounterTable::Expect(
@@ -47,23 +52,22 @@ ImmCounterTable::Handle ImmCounterTable::Expect(
   return handle;
 }
 
-bool ImmCounterTable::Cancel(Handle handle) {
+bool ImmCounterTable::Cancel(Handle handle,
+                             std::vector<std::function<void()>>* ready) {
   std::function<void()> dropped;  // destroyed after the lock is released
   std::lock_guard<std::mutex> lock(mutex_);
   const auto found = id_by_handle_.find(handle);
   if (found == id_by_handle_.end()) return false;
-  const auto counter = counters_.find(found->second);
-  std::list<Expectation>& expectations = counter->second.expectations;
+  const uint32_t id = found->second;
+  std::list<Expectation>& expectations = counters_.at(id).expectations;
   for (auto it = expectations.begin(); it != expectations.end(); ++it) {
     if (it->handle != handle) continue;
     dropped = std::move(it->callback);
     expectations.erase(it);
     break;
   }
-  if (counter->second.units == 0 && expectations.empty()) {
-    counters_.erase(counter);
-  }
   id_by_handle_.erase(found);
+  SettleLocked(id, ready);
   return true;
 }
 

@@ -36,8 +36,9 @@ class ImmCounterTable {
                 std::function<void()> callback);
 
   // Forgets an expectation; false if it was met or never there. Nothing that it
-  // waited for is consumed.
-  bool Cancel(Handle handle);
+  // waited for is consumed: it may be what later callers wait for, whose
+  // callbacks are then moved to `ready`.
+  bool Cancel(Handle handle, std::vector<std::function<void()>>* ready);
 
   // Forgets all expectations, and those to come: who calls Expect later has
   // failed meanwhile. Returns their callbacks for the caller to destroy outside
@@ -57,6 +58,10 @@ class ImmCounterTable {
     uint64_t units = 0;
     std::list<Expectation> expectations;
   };
+
+  // Meets the expectations of `id` that can be met, and forgets a counter that
+  // says nothing any more. Needs mutex_.
+  void SettleLocked(uint32_t id, std::vector<std::function<void()>>* ready);
 
   mutable std::mutex mutex_;
   std::unordered_map<uint32_t, Counter> counters_;     // guarded by mutex_

@@ -42,9 +42,9 @@ void Operation::Fail(Status status) {
   if (status_.ok()) status_ = std::move(status);
 }
 
-bool Operation::failed() const {
+Status Operation::status() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return !status_.ok();
+  return status_;
 }
 
 void Operation::SetWaitingFor(std::function<std::string()> describe) {
@@ -65,7 +65,8 @@ std::string Operation::Describe() const {
   }
   // Called without the lock: it takes others.
   std::string text = label_ + times;
-  if (waiting_for) text += ", waiting for " + waiting_for();
+  const std::string what = waiting_for ? waiting_for() : "";
+  if (!what.empty()) text += ", waiting for " + what;
   return text;
 }
 

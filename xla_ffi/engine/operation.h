@@ -30,7 +30,8 @@ class Operation {
 
   // The first failure counts; later ones are dropped.
   void Fail(Status status);
-  bool failed() const;
+  bool failed() const { return !status().ok(); }
+  Status status() const;
 
   // Says what it waits for, when asked; for error texts.
   void SetWaitingFor(std::function<std::string()> describe);

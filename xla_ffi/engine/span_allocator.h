@@ -26,7 +26,8 @@ class SpanAllocator {
       if (begin - offset >= length) break;
       offset = end;
     }
-    if (offset > capacity_bytes_ || capacity_bytes_ - offset < length) {
+    // The last line need not be whole.
+    if (offset > capacity_bytes_ || capacity_bytes_ - offset < bytes) {
       return std::nullopt;
     }
     used_[offset] = offset + length;

@@ -77,11 +77,16 @@ void Call::Await(std::vector<uint32_t> sources,
 
 namespace {
 
-StatusOr<Call> Resolve(int32_t device, ffi::RunId run_id,
-                       const CallAttributes& attributes) {
+// The same for a call that does not begin.
+ffi::Future Refuse(Engine& engine, const Status& status) {
+  engine.Fail(status, /*tell_peers=*/true);
+  return FailedFuture(status);
+}
+
+StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, int32_t device,
+                       ffi::RunId run_id, const CallAttributes& attributes) {
   Call call;
-  JF_ASSIGN_OR_RETURN(call.fabric,
-                      FabricRegistry::Get().Find(attributes.fabric));
+  call.fabric = std::move(fabric);
   const auto rank = call.fabric->rank_by_device.find(device);
   if (rank == call.fabric->rank_by_device.end()) {
     return Status(StatusCode::kFailedPrecondition,
@@ -124,25 +129,29 @@ ffi::Future RunCall(int32_t device, ffi::RunId run_id,
                     const CallAttributes& attributes,
                     const std::function<Status(Call)>& start) {
   const std::string label(attributes.label);
-  auto resolved = Resolve(device, run_id, attributes);
+  auto fabric = FabricRegistry::Get().Find(attributes.fabric);
+  if (!fabric.ok()) return FailedFuture(fabric.status().Annotate(label));
+  Engine* const engine = (*fabric)->engine.get();
+  auto resolved = Resolve(*fabric, device, run_id, attributes);
   if (!resolved.ok()) {
-    return FailedFuture(resolved.status().Annotate(label));
+    return Refuse(*engine, resolved.status().Annotate(label));
   }
   Call call = *std::move(resolved);
   const auto channel = static_cast<uint64_t>(attributes.channel);
   if (!call.endpoint->EnterChannel(channel)) {
-    return FailedFuture(Status(
-        StatusCode::kFailedPrecondition,
-        label + ": two executions of this call are under way on one device "
-                "and nothing orders them, so that peers cannot tell them "
-                "apart; thread a token through them (token=), or give them "
-                "different key="));
+    return Refuse(
+        *engine,
+        Status(StatusCode::kFailedPrecondition,
+               label + ": two executions of this call are under way on one "
+                       "device and nothing orders them, so that peers cannot "
+                       "tell them apart; thread a token through them (token=), "
+                       "or give them different key="));
   }
   ffi::Promise promise;
   ffi::Future future(promise);
   // The Fabric is kept until the end: closing it waits for operations.
-  auto begun = call.fabric->engine->Begin(
-      label, TimeLeft(*call.fabric->engine, attributes),
+  auto begun = engine->Begin(
+      label, TimeLeft(*engine, attributes),
       [promise, fabric = call.fabric, endpoint = call.endpoint,
        channel](const Status& status) mutable {
         endpoint->LeaveChannel(channel);
@@ -157,7 +166,6 @@ ffi::Future RunCall(int32_t device, ffi::RunId run_id,
     call.endpoint->LeaveChannel(channel);
     return FailedFuture(begun.status());
   }
-  Engine* const engine = call.fabric->engine.get();
   call.operation = *std::move(begun);
   call.key = {channel, call.endpoint->NextSequence(channel)};
   call.AdoptKey(call.key);

@@ -1,0 +1,386 @@
+#include "engine/domain_group.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <map>
+
+#include "base/shared_memory.h"
+#include "engine/immediate.h"
+#include "tests/cpp/seeded.h"
+#include "transport/fake.h"
+
+namespace jaxfabric {
+namespace {
+
+using Event = DomainGroup::Event;
+
+constexpr double kPatienceSeconds = 30;
+constexpr std::byte kPoison{0xa5};
+
+// A group of fake Domains with a source and a target region.
+class Node {
+ public:
+  Node(const FakeOptions& options, size_t domains, uint64_t bytes) {
+    network_ = options.network;
+    transport_ = *OpenFakeTransport(options);
+    std::vector<std::unique_ptr<Domain>> opened;
+    for (size_t i = 0; i < domains; ++i) {
+      opened.push_back(*transport_->OpenDomain());
+    }
+    source_ = *SharedMemory::Create("test-source", bytes);
+    target_ = *SharedMemory::Create("test-target", bytes);
+    std::memset(target_.data(), static_cast<int>(kPoison), bytes);
+    group = std::make_unique<DomainGroup>(std::move(opened));
+    local = {source_.data(), bytes,
+             *group->RegisterMemory({source_.data(), bytes, -1})};
+    remote = {0, bytes, *group->RegisterMemory({target_.data(), bytes, -1})};
+  }
+
+  void Connect(uint32_t name, Node& other) {
+    const Status added =
+        group->AddPeer(name, other.group->addresses(), Deadline());
+    ASSERT_TRUE(added.ok()) << added.message();
+  }
+  void Poll() {
+    std::vector<Event> events;
+    group->Poll(&events);
+    for (const Event& event : events) {
+      if (event.kind == Event::Kind::kImmediate) {
+        const Immediate immediate = Immediate::Decode(event.immediate);
+        units[{event.peer, immediate.id}] += immediate.Units();
+      } else if (event.kind == Event::Kind::kMessage) {
+        messages.push_back(event.message);
+      } else {
+        lost.push_back(event.peer);
+      }
+    }
+  }
+  void Kill() {
+    for (const NetAddr& address : group->addresses()) {
+      EXPECT_TRUE(KillFakeDomain(network_, address));
+    }
+  }
+  std::byte* source() { return source_.data(); }
+  std::byte* target() { return target_.data(); }
+
+  std::unique_ptr<DomainGroup> group;
+  LocalRegion local;
+  MrDesc remote;
+  std::map<std::pair<uint32_t, uint32_t>, uint64_t> units;  // by peer and id
+  std::vector<std::string> messages;
+  std::vector<uint32_t> lost;
+
+ private:
+  std::string network_;
+  SharedMemory source_;
+  SharedMemory target_;
+  std::unique_ptr<Transport> transport_;
+};
+
+bool PollUntil(std::initializer_list<Node*> nodes,
+               const std::function<bool()>& met) {
+  const Deadline deadline = Deadline::AfterSeconds(kPatienceSeconds);
+  while (!met()) {
+    if (deadline.Expired()) {
+      ADD_FAILURE() << "nothing more happens";
+      return false;
+    }
+    for (Node* node : nodes) node->Poll();
+  }
+  return true;
+}
+
+// Random lists of pieces that do not overlap at the target, some empty, some
+// odd, some several chunks long.
+std::vector<std::vector<Piece>> RandomTransfers(Seeded& seeded,
+                                                uint64_t bytes) {
+  std::vector<std::vector<Piece>> transfers;
+  uint64_t at = 0;
+  while (at + 1 < bytes) {
+    std::vector<Piece> pieces;
+    for (uint64_t n = seeded.Below(4); n > 0; --n) {
+      const uint64_t most = seeded.OneIn(4) ? 5000 : 70;
+      const uint64_t length = std::min(seeded.Below(most), bytes - at);
+      pieces.push_back({seeded.Below(bytes - length + 1), at, length});
+      at += length + seeded.Below(3);  // bytes that nobody writes
+      if (at >= bytes) break;
+    }
+    transfers.push_back(pieces);
+    if (at >= bytes) break;
+  }
+  return transfers;
+}
+
+// Sends random transfers and checks counts and every byte, written or not.
+void CheckRandomTransfers(Seeded& seeded, FakeOptions options,
+                          size_t domains_here, size_t domains_there) {
+  constexpr uint64_t kBytes = 40'000;
+  Node from(options, domains_here, kBytes);
+  Node to(options, domains_there, kBytes);
+  from.Connect(1, to);
+  to.Connect(0, from);
+  for (uint64_t i = 0; i < kBytes; ++i) {
+    from.source()[i] = static_cast<std::byte>(seeded.random()());
+  }
+  const auto transfers = RandomTransfers(seeded, kBytes);
+  std::vector<std::byte> expected(kBytes, kPoison);
+  std::vector<int> done(transfers.size(), 0);
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    for (const Piece& piece : transfers[i]) {
+      std::memcpy(expected.data() + piece.remote_offset,
+                  from.source() + piece.local_offset, piece.length);
+    }
+    const Status submitted = from.group->SubmitWrite(
+        1, from.local, to.remote, transfers[i], static_cast<uint32_t>(i),
+        [&done, i](const Status& status) {
+          EXPECT_TRUE(status.ok()) << status.message();
+          ++done[i];
+        });
+    ASSERT_TRUE(submitted.ok()) << submitted.message();
+    if (seeded.OneIn(4)) from.Poll();
+  }
+  const auto complete = [&] {
+    for (size_t i = 0; i < transfers.size(); ++i) {
+      if (done[i] == 0) return false;
+      if (to.units[{0, static_cast<uint32_t>(i)}] < kTransferUnits) {
+        return false;
+      }
+    }
+    return true;
+  };
+  ASSERT_TRUE(PollUntil({&from, &to}, complete));
+  for (int i = 0; i < 10; ++i) to.Poll();
+  EXPECT_EQ(to.units.size(), transfers.size());
+  for (const auto& [id, units] : to.units) {
+    EXPECT_EQ(units, kTransferUnits) << "transfer " << id.second;
+  }
+  EXPECT_EQ(done, std::vector<int>(transfers.size(), 1));
+  EXPECT_EQ(std::memcmp(to.target(), expected.data(), kBytes), 0);
+}
+
+class DomainGroupChaosTest
+    : public testing::TestWithParam<std::pair<size_t, size_t>> {};
+
+TEST_P(DomainGroupChaosTest, EveryTransferIsCountedOnceAndItsBytesAreRight) {
+  Seeded seeded;
+  const auto [here, there] = GetParam();
+  for (const int64_t delay_max_ns : {0, 100'000}) {
+    CheckRandomTransfers(seeded,
+                         {.network = "group",
+                          .seed = seeded.seed(),
+                          .pieces_max = 5,
+                          .delay_max_ns = delay_max_ns,
+                          .again_share = 0.2,
+                          .queue_depth = 8,
+                          .write_bytes_max = 997},
+                         here, there);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Domains, DomainGroupChaosTest,
+    testing::Values(std::pair(1, 1), std::pair(2, 2), std::pair(4, 4),
+                    std::pair(8, 8), std::pair(1, 4), std::pair(4, 1),
+                    std::pair(3, 2), std::pair(3, 8)),
+    [](const auto& info) {
+      return std::to_string(info.param.first) + "To" +
+             std::to_string(info.param.second);
+    });
+
+// One sender and one receiver over a calm network.
+class DomainGroupTest : public testing::Test {
+ protected:
+  static constexpr uint64_t kBytes = 1 << 16;
+
+  void Open(size_t domains, FakeOptions options = {}) {
+    options.network = "calm group";
+    from = std::make_unique<Node>(options, domains, kBytes);
+    to = std::make_unique<Node>(options, domains, kBytes);
+    from->Connect(1, *to);
+    to->Connect(0, *from);
+    for (uint64_t i = 0; i < kBytes; ++i) {
+      from->source()[i] = static_cast<std::byte>(i * 7 + i / 251);
+    }
+  }
+  void Submit(const std::vector<Piece>& pieces, uint32_t id) {
+    const Status submitted =
+        from->group->SubmitWrite(1, from->local, to->remote, pieces, id,
+                                 [this](const Status& s) { ended.push_back(s); });
+    EXPECT_TRUE(submitted.ok()) << submitted.message();
+  }
+  uint64_t Units(uint32_t id) { return to->units[{0, id}]; }
+
+  std::unique_ptr<Node> from;
+  std::unique_ptr<Node> to;
+  std::vector<Status> ended;
+};
+
+TEST_F(DomainGroupTest, FaultWriteOnTheWrongDomainAfterAnOddStart) {
+  // Each Domain has keys of its own: a chunk that goes out on one with the key
+  // of another is refused, whichever Domain a transfer starts on.
+  Open(4, {.write_bytes_max = 100});
+  for (uint32_t id = 0; id < 40; ++id) {
+    const uint64_t chunks = 1 + id % 7;
+    Submit({{id * 800, id * 800, chunks * 100}}, id);
+  }
+  ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
+    return ended.size() == 40 && to->units.size() == 40;
+  }));
+  for (const Status& status : ended) EXPECT_TRUE(status.ok());
+  for (uint32_t id = 0; id < 40; ++id) {
+    EXPECT_EQ(std::memcmp(to->target() + id * 800, from->source() + id * 800,
+                          (1 + id % 7) * 100),
+              0);
+  }
+}
+
+TEST_F(DomainGroupTest, FaultTailOfAnOddLengthIsLost) {
+  for (const size_t domains : {2, 3, 4, 7, 8}) {
+    ended.clear();
+    Open(domains, {.write_bytes_max = 1000});
+    for (const uint64_t length : {1u, 999u, 1001u, 8001u, 13'337u}) {
+      std::memset(to->target(), static_cast<int>(kPoison), kBytes);
+      Submit({{3, 5, length}}, static_cast<uint32_t>(length));
+      ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
+        return Units(static_cast<uint32_t>(length)) == kTransferUnits;
+      }));
+      EXPECT_EQ(std::memcmp(to->target() + 5, from->source() + 3, length), 0);
+      EXPECT_EQ(to->target()[4], kPoison);
+      EXPECT_EQ(to->target()[5 + length], kPoison);
+    }
+  }
+}
+
+TEST_F(DomainGroupTest, FaultEmptyListOfDestinations) {
+  Open(2);
+  Submit({}, 1);
+  Submit({{0, kBytes, 0}}, 2);
+  Submit({{0, 0, 0}, {0, 0, 10}, {0, 0, 0}}, 3);
+  ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
+    return ended.size() == 3 && Units(1) + Units(2) + Units(3) ==
+                                    3 * kTransferUnits;
+  }));
+  EXPECT_EQ(Units(1), kTransferUnits);
+  EXPECT_EQ(Units(2), kTransferUnits);
+  EXPECT_EQ(Units(3), kTransferUnits);
+}
+
+TEST_F(DomainGroupTest, TooManyWritesForOneTransferAreRefused) {
+  Open(1, {.write_bytes_max = 1});
+  const std::vector<Piece> pieces(17, Piece{0, 0, kBytes});
+  const Status refused =
+      from->group->SubmitWrite(1, from->local, to->remote, pieces, 1, nullptr);
+  EXPECT_EQ(refused.code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(refused.message(), testing::HasSubstr("2^20"));
+}
+
+TEST_F(DomainGroupTest, AnUnknownPeerIsRefused) {
+  Open(1);
+  EXPECT_EQ(from->group
+                ->SubmitWrite(9, from->local, to->remote, {}, 1,
+                              [](const Status&) { FAIL(); })
+                .code(),
+            StatusCode::kUnavailable);
+  EXPECT_FALSE(from->group->AddPeer(2, {}, Deadline()).ok());
+}
+
+TEST_F(DomainGroupTest, FaultErrorCallbackWhileOtherWritesStillRun) {
+  Open(2, {.seed = 3, .delay_max_ns = 3'000'000, .write_bytes_max = 100});
+  // The second of twenty chunks is out of the target's bounds.
+  std::vector<Piece> pieces(20, Piece{0, 0, 100});
+  pieces[1].remote_offset = kBytes;
+  bool over = false;
+  Status ended_as;
+  ASSERT_TRUE(from->group
+                  ->SubmitWrite(1, from->local, to->remote, pieces, 1,
+                                [&](Status status) {
+                                  over = true;
+                                  ended_as = std::move(status);
+                                })
+                  .ok());
+  ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] { return over; }));
+  EXPECT_FALSE(ended_as.ok());
+  // Now the source is ours again: nothing that we store there may arrive.
+  std::memset(from->source(), 0x77, 100);
+  for (const Deadline wait = Deadline::AfterNanoseconds(5'000'000);
+       !wait.Expired();) {
+    from->Poll();
+    to->Poll();
+  }
+  EXPECT_NE(to->target()[50], std::byte{0x77});
+  EXPECT_LT(Units(1), kTransferUnits) << "a failed transfer was counted";
+}
+
+TEST_F(DomainGroupTest, AFullQueueToOnePeerBlocksNoOther) {
+  const FakeOptions options = {.queue_depth = 4};
+  Open(1, options);
+  Node quick({.network = "calm group", .queue_depth = 4}, 1, kBytes);
+  from->Connect(2, quick);
+  quick.Connect(0, *from);
+  // Peer 1 never polls.
+  for (uint32_t id = 0; id < 100; ++id) Submit({{0, 0, 10}}, id);
+  for (int i = 0; i < 100; ++i) from->group->SubmitSend(1, "waits");
+  for (uint32_t id = 0; id < 100; ++id) {
+    ASSERT_TRUE(from->group
+                    ->SubmitWrite(2, from->local, quick.remote, {{0, 0, 10}},
+                                  id, [](const Status&) {})
+                    .ok());
+  }
+  from->group->SubmitSend(2, "goes");
+  ASSERT_TRUE(PollUntil({from.get(), &quick}, [&] {
+    return quick.units.size() == 100 && quick.messages.size() == 1;
+  }));
+  EXPECT_LT(ended.size(), 10u);
+  EXPECT_FALSE(from->group->Idle());
+  // Nothing for peer 1 is lost either.
+  ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
+    return to->units.size() == 100 && to->messages.size() == 100;
+  }));
+}
+
+TEST_F(DomainGroupTest, ALostPeerFailsItsOwnTransfersOnly) {
+  Open(2, {.queue_depth = 2, .write_bytes_max = 100});
+  Node other({.network = "calm group"}, 2, kBytes);
+  from->Connect(2, other);
+  other.Connect(0, *from);
+  for (uint32_t id = 0; id < 20; ++id) Submit({{0, 0, 5000}}, id);
+  size_t fine = 0;
+  for (uint32_t id = 0; id < 20; ++id) {
+    ASSERT_TRUE(from->group
+                    ->SubmitWrite(2, from->local, other.remote, {{0, 0, 5000}},
+                                  id, [&](const Status& s) { fine += s.ok(); })
+                    .ok());
+  }
+  from->group->SubmitSend(1, "never read");
+  to->Kill();
+  ASSERT_TRUE(PollUntil({from.get(), &other}, [&] {
+    return ended.size() == 20 && fine == 20 && other.units.size() == 20;
+  }));
+  EXPECT_THAT(from->lost, testing::ElementsAre(1)) << "once, not per Domain";
+  for (const Status& status : ended) {
+    EXPECT_EQ(status.code(), StatusCode::kUnavailable);
+  }
+  EXPECT_EQ(from->group
+                ->SubmitWrite(1, from->local, to->remote, {}, 1,
+                              [](const Status&) { FAIL(); })
+                .code(),
+            StatusCode::kUnavailable);
+  EXPECT_TRUE(from->group->Idle());
+}
+
+TEST_F(DomainGroupTest, WhoHasSentAllIsIdle) {
+  Open(1, {.seed = 1, .delay_max_ns = 2'000'000});
+  EXPECT_TRUE(from->group->Idle());
+  from->group->SubmitSend(1, "hello");
+  EXPECT_FALSE(from->group->Idle());
+  ASSERT_TRUE(
+      PollUntil({from.get(), to.get()}, [&] { return from->group->Idle(); }));
+  ASSERT_TRUE(
+      PollUntil({from.get(), to.get()}, [&] { return !to->messages.empty(); }));
+  EXPECT_THAT(to->messages, testing::ElementsAre("hello"));
+}
+
+}  // namespace
+}  // namespace jaxfabric
