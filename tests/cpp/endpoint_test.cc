@@ -6,9 +6,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cstring>
 #include <future>
+#include <memory>
 
 #include "transport/fake.h"
 
@@ -64,7 +64,9 @@ class EndpointTest : public testing::Test {
     peer_->Poll(&events);
     for (const DomainGroup::Event& event : events) {
       if (event.kind == DomainGroup::Event::Kind::kImmediate) {
-        words_.push_back(event.immediate);
+        const Immediate immediate = Immediate::Decode(event.immediate);
+        transfer_ids_.push_back(immediate.id);
+        units_ += immediate.Units();
       } else if (event.kind == DomainGroup::Event::Kind::kMessage) {
         controls_.push_back(*ControlMessage::Decode(event.message));
       }
@@ -108,13 +110,14 @@ class EndpointTest : public testing::Test {
 
   // An operation whose end can be awaited.
   OperationPtr Begin(double timeout_s = 30) {
-    ended_ = std::promise<Status>();
+    ended_ = std::make_shared<std::promise<Status>>();
     return std::make_shared<Operation>(
-        "call", timeout_s,
-        [this](Status status) { ended_.set_value(std::move(status)); });
+        "call", timeout_s, [ended = ended_](Status status) {
+          ended->set_value(std::move(status));
+        });
   }
   Status Ended() {
-    auto future = ended_.get_future();
+    auto future = ended_->get_future();
     for (const Deadline deadline = Deadline::AfterSeconds(kPatienceSeconds);
          !deadline.Expired();) {
       Drive();
@@ -143,16 +146,19 @@ class EndpointTest : public testing::Test {
         },
         &now);
   }
+  // Whole transfers that the peer got.
+  uint64_t Transfers() const { return units_ / kTransferUnits; }
   PeerStats Stats() { return endpoint_->stats().at(kPeerRank); }
 
   std::unique_ptr<Transport> transport_;
   SharedMemory heap_;  // the peer's
   std::vector<uint64_t> keys_;
   std::unique_ptr<DomainGroup> peer_;
-  std::vector<uint32_t> words_;
+  std::vector<uint32_t> transfer_ids_;  // one for each write that came
+  uint64_t units_ = 0;
   std::vector<ControlMessage> controls_;
   std::vector<Endpoint::Loss> losses_;
-  std::promise<Status> ended_;
+  std::shared_ptr<std::promise<Status>> ended_;
   std::unique_ptr<Endpoint> endpoint_;
 };
 
@@ -198,10 +204,10 @@ TEST_F(EndpointTest, StaleCreditsFreeNothing) {
   PeerWrites(stale);
   PeerSays(ControlMessage::Type::kCredits, ~uint64_t{0}, "", kGeneration - 1);
   Settle();
-  EXPECT_EQ(words_.size(), 1u);
+  EXPECT_EQ(Transfers(), 1u);
   endpoint_->Send(Message(Begin(), kHeap.mailbox_bytes));
   Settle();
-  EXPECT_EQ(words_.size(), 1u) << "the unread message was overwritten";
+  EXPECT_EQ(Transfers(), 1u) << "the unread message was overwritten";
   endpoint_->DropWaiting();
   EXPECT_TRUE(Ended().ok());
 }
@@ -210,12 +216,12 @@ TEST_F(EndpointTest, AWaitingSenderAsksForCreditAndIsServed) {
   endpoint_->Send(Message(Begin(), kHeap.mailbox_bytes));
   EXPECT_TRUE(Ended().ok());
   endpoint_->Send(Message(Begin(), 1));
-  DriveUntil([&] { return !controls_.empty() && words_.size() == 1; });
+  DriveUntil([&] { return !controls_.empty() && Transfers() == 1; });
   EXPECT_EQ(controls_[0].type, ControlMessage::Type::kWantCredits);
   EXPECT_THAT(endpoint_->DescribeMissing(kKey), HasSubstr("credit to send"));
   PeerSays(ControlMessage::Type::kCredits, 1);
   EXPECT_TRUE(Ended().ok());
-  DriveUntil([&] { return words_.size() == 2; });
+  DriveUntil([&] { return Transfers() == 2; });
 }
 
 TEST_F(EndpointTest, WantedCreditsComeWithTheNextRelease) {
@@ -335,10 +341,8 @@ TEST_F(EndpointTest, PutsArriveInTheWindowAndAreCounted) {
   endpoint_->Put(kPeerRank, 1, reinterpret_cast<const std::byte*>(text.data()),
                  text.size(), /*slot=*/77, Begin());
   EXPECT_TRUE(Ended().ok());
-  DriveUntil([&] { return words_.size() == 1; });
-  const Immediate immediate = Immediate::Decode(words_[0]);
-  EXPECT_EQ(immediate.Units(), kTransferUnits);
-  const TransferId id = TransferId::Decode(immediate.id);
+  DriveUntil([&] { return Transfers() == 1; });
+  const TransferId id = TransferId::Decode(transfer_ids_[0]);
   EXPECT_EQ(id.source, kOwnRank);
   EXPECT_EQ(id.kind, IdKind::kWindow);
   EXPECT_EQ(id.slot, 77u);
@@ -356,7 +360,7 @@ TEST_F(EndpointTest, APutAsLargeAsAllWindowsFits) {
                    text.size(), 1, Begin());
     EXPECT_TRUE(Ended().ok());
   }
-  DriveUntil([&] { return words_.size() == 3; });
+  DriveUntil([&] { return Transfers() == 3; });
 }
 
 TEST_F(EndpointTest, PutsToItselfAreCounted) {
