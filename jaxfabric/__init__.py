@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxfabric._config import widen_xla_pool
+
 if TYPE_CHECKING:
     from jaxfabric import linen as linen
     from jaxfabric import moe as moe
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from jaxfabric._window import Window as Window
 
 __version__ = "0.1.0"
+
+widen_xla_pool()
 
 # Where each public name is. They are loaded when they are first used, so that the
 # pytest plugin and the command start without importing jax.

@@ -14,7 +14,11 @@ AxisName = str | Sequence[str]
 
 def axis_tuple(op: str, axis_name: AxisName) -> tuple[str, ...]:
     """Normalises an axis name; raises TypeError for anything but names."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names: tuple[str, ...] = ()
+    if isinstance(axis_name, str):
+        names = (axis_name,)
+    elif isinstance(axis_name, Sequence):
+        names = tuple(axis_name)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"{op}: axis_name must be a mesh axis or a tuple of them, got {axis_name!r}"

@@ -59,6 +59,31 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
     return dataclasses.replace(settings, **changed)
 
 
+# XLA's CPU pools hang or stall when calls of several devices share too few threads.
+POOL_THREADS_MIN = 64
+THREADS_PER_DEVICE = 4
+
+
+def widen_xla_pool() -> None:
+    """Sets PJRT_NPROC, unless it is set, for a JAX that has not started yet.
+
+    XLA reads it when it opens its CPU backend. Where that has happened, `Fabric`
+    warns; see `pool_is_narrow`.
+    """
+    if "NPROC" not in os.environ:
+        width = max(os.cpu_count() or 1, POOL_THREADS_MIN)
+        os.environ.setdefault("PJRT_NPROC", str(width))
+
+
+def pool_is_narrow(local_devices: int) -> bool:
+    """Whether XLA was told to use fewer threads than its devices here need."""
+    if local_devices == 1:
+        return False
+    text = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or "0"
+    threads = int(text) if text.isdigit() else 0
+    return threads < THREADS_PER_DEVICE * local_devices
+
+
 class Config:
     """``jf.config``: settings for Fabrics that are opened from now on.
 

@@ -46,7 +46,12 @@ def _close_at_exit() -> None:
     Registered with the first Fabric, hence after JAX's own function, and so run before
     JAX leaves its cluster.
     """
-    atexit.register(lambda: [fabric.close() for fabric in list(_open)])
+
+    def close_all() -> None:
+        for fabric in list(_open):
+            fabric.close()
+
+    atexit.register(close_all)
 
 
 def remove(fabric: Fabric) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxfabric import _current, _ffi
-from jaxfabric._config import config
+from jaxfabric._config import config, pool_is_narrow
 from jaxfabric._errors import (
     FabricError,
     PlanMismatchError,
@@ -27,6 +29,8 @@ from jaxfabric._mesh import (
 )
 from jaxfabric._rendezvous import Rendezvous
 from jaxfabric._window import WINDOWS_MAX, Window
+
+_FINISH_POLL_S = 1e-3
 
 
 class Fabric:
@@ -87,6 +91,7 @@ class Fabric:
             transport or settings.transport, self._processes
         )
         self._windows: list[Window] = []
+        _warn_if_pool_is_narrow(self._devices)
         generation = _current.next_generation(self.key, self.name)
         self._rendezvous = Rendezvous(
             f"jaxfabric/{self.key:016x}/{generation}", self._processes, self.timeout_s
@@ -198,7 +203,15 @@ class Fabric:
         if kind is not None and self._native is not None:
             # The others would wait for calls of this rank that never come.
             self._native.abort(f"{kind.__name__}: {error}")
+        elif self._native is not None:
+            self._finish()
         self.close()
+
+    def _finish(self) -> None:
+        """Lets calls that are under way end; their results may not be used yet."""
+        deadline = time.monotonic() + self.timeout_s
+        while self._native.operations_under_way() and time.monotonic() < deadline:
+            time.sleep(_FINISH_POLL_S)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.transport
@@ -286,3 +299,16 @@ class Fabric:
             }
             for rank, device in enumerate(self._devices)
         }
+
+
+def _warn_if_pool_is_narrow(devices: Sequence[jax.Device]) -> None:
+    me = jax.process_index()
+    local = sum(device.process_index == me for device in devices)
+    if pool_is_narrow(local):
+        warnings.warn(
+            f"jf.Fabric: XLA may have too few threads for {local} devices in one "
+            f"process, and then calls hang; set PJRT_NPROC={4 * local} or more before "
+            "JAX starts, or import jaxfabric first",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -16,6 +16,10 @@ import sys
 from collections.abc import Hashable
 from typing import Any
 
+import jax
+
+from jaxfabric._errors import FabricError
+
 # The attributes of JAX's ModuleContext that hold lowered functions.
 _CACHES = ("lowering_cache", "cached_primitive_lowerings")
 # What JAX's lowering functions call their contexts.
@@ -92,10 +96,15 @@ def _keep_out_of_caches(module: Any, counter: _Counter) -> None:
     """Replaces the caches of all module contexts that are lowering right now.
 
     Contexts are copied for nested functions, and each copy refers to the caches, so
-    every one on the stack is changed. On a jax without these attributes nothing
-    happens, and calls of one body share a channel; the engine then refuses two that
-    run at once.
+    every one on the stack is changed. A jax that has other caches is refused: calls of
+    one body would share a channel, and might be swapped in silence.
     """
+    if not all(hasattr(module, name) for name in _CACHES):
+        raise FabricError(
+            f"jax {jax.__version__} keeps lowered functions where jaxfabric does not "
+            "know; install a version that it was tested with (0.10.2 to 0.12), or a "
+            "newer jaxfabric"
+        )
     if all(isinstance(getattr(module, c, None), _CallFreeCache) for c in _CACHES):
         return
     replaced: dict[int, _CallFreeCache] = {}

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfabric import _hf_weights, moe
-from jaxfabric.moe import _api, _checks, _vjp
+from jaxfabric import _axes, _hf_weights, moe
+from jaxfabric.moe import _api, _checks
 from jaxfabric.moe.routers import Router, mixtral, qwen3_moe
 
 __all__ = ["MoE", "MoEStats"]
@@ -105,7 +105,7 @@ class MoE(nnx.Module):
         num_experts: int,
         num_experts_per_tok: int,
         *,
-        axis_name: _checks.AxisName = "expert",
+        axis_name: _axes.AxisName = "expert",
         shared_experts: int = 0,
         router: str | Router = "qwen3_moe",
         implementation: str | None = None,
@@ -131,7 +131,7 @@ class MoE(nnx.Module):
             )
         self.d_model, self.d_ff = d_model, d_ff
         self.num_experts, self.num_experts_per_tok = num_experts, num_experts_per_tok
-        self.axis_name = _checks.axis_tuple(op, axis_name)
+        self.axis_name = _axes.axis_tuple(op, axis_name)
         self.router = ROUTERS[router] if isinstance(router, str) else router
         self.implementation, self.capacity = implementation, capacity
         self.dtype, self.mesh, self.grouped_matmul = dtype, mesh, grouped_matmul
@@ -255,7 +255,7 @@ class MoE(nnx.Module):
         shape = x.shape
         x = x.reshape(-1, self.d_model)
         mesh = jax.sharding.get_abstract_mesh()
-        x, w = _vjp.unify(self.axis_name, x, w)
+        x, w = _axes.unify(self.axis_name, x, w)
         logits = jnp.dot(x, w["gate"], preferred_element_type=jnp.float32)
         ids, route_weights = self.router(logits, self.num_experts_per_tok)
         d = moe.dispatch(
@@ -287,7 +287,7 @@ class MoE(nnx.Module):
         routes = jnp.where(ids < 0, self.num_experts, ids).reshape(-1)  # -1: none
         load = jnp.bincount(routes, length=self.num_experts).astype(jnp.int32)
         probabilities = jax.nn.softmax(logits, axis=-1).mean(0)
-        load, probabilities = _vjp.unify(axes, load, probabilities)
+        load, probabilities = _axes.unify(axes, load, probabilities)
         load = lax.psum(load, axes)
         probabilities = lax.pmean(probabilities, axes)
         tokens = ids.shape[0] * lax.axis_size(axes)

@@ -181,7 +181,7 @@ def function_length_violations(path: Path, text: str) -> Iterator[str]:
 
 def not_implemented_violations(path: Path, text: str) -> Iterator[str]:
     """No loose ends, but for the arguments that announce a later step."""
-    if any(map(path.is_relative_to, (*NOT_IMPLEMENTED, "tests"))):
+    if any(path.is_relative_to(folder) for folder in (*NOT_IMPLEMENTED, "tests")):
         return
     yield from lines_with(r"\bNotImplemented(Error)?\b", text)
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxfabric import _axes
+from jaxfabric._axes import AxisName
 from jaxfabric.moe import _checks, _ragged, _vjp
-from jaxfabric.moe._checks import AxisName
 from jaxfabric.moe._plan import Config, Dispatched, Plan, RouteOut
 
 _Array = jax.Array
@@ -147,8 +148,8 @@ def prepare_dispatch(
     if wire_dtype is not None:
         raise NotImplementedError(f"{op}: wire_dtype= comes with fp8 on the wire")
     x, ids, weights = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights)
-    axis = _checks.axis_tuple(op, axis_name)
-    ranks = _checks.axis_size(op, axis)
+    axis = _axes.axis_tuple(op, axis_name)
+    ranks = _axes.axis_size(op, axis)
     _checks.rows(op, "x", x, "pass this rank's tokens as [T, D]")
     _checks.routes(op, x, ids, weights)
     _checks.experts(op, axis, num_experts, ranks, ids.shape[1])
@@ -176,7 +177,7 @@ def prepare_dispatch(
         timeout_s=None if timeout_s is None else float(timeout_s),
         fabric_key=fabric_key,
     )
-    operands = _vjp.unify(axis, x, ids, weights, _checks.token(op, token))
+    operands = _axes.unify(axis, x, ids, weights, _checks.token(op, token))
     return DispatchCall(config, *operands)
 
 
@@ -350,7 +351,7 @@ def prepare_combine(
         )
     c = plan.config
     rows = jnp.asarray(rows)
-    ranks = _checks.axis_size(op, c.axis_name)
+    ranks = _axes.axis_size(op, c.axis_name)
     shown = c.axis_name[0] if len(c.axis_name) == 1 else c.axis_name
     if ranks != c.num_ranks:
         raise ValueError(
@@ -373,7 +374,7 @@ def prepare_combine(
     accum = _checks.accumulator(op, accum_dtype)
     routes = _vjp.Routes(plan.ids, plan.recv_count, plan.slot_row)
     row_weights = plan.weights if weighted else None
-    operands = _vjp.unify(
+    operands = _axes.unify(
         c.axis_name, rows, row_weights, routes, _checks.token(op, token)
     )
     return CombineCall(config, accum, *operands)

@@ -44,19 +44,6 @@ def kernels(c: Config) -> ModuleType:
     return _ragged if c.implementation == "ragged" else _reference
 
 
-def unify(axis: tuple[str, ...], *arrays: Any) -> tuple[Any, ...]:
-    """Makes all leaves vary over the axis and over whatever any of them varies."""
-    varying = set(axis)
-    for leaf in jax.tree.leaves(arrays):
-        varying |= jax.typeof(leaf).manual_axis_type.varying
-
-    def widen(leaf: _Array) -> _Array:
-        missing = varying - jax.typeof(leaf).manual_axis_type.varying
-        return lax.pcast(leaf, tuple(sorted(missing)), to="varying")
-
-    return jax.tree.map(widen, arrays)
-
-
 def named(c: Config, tree: Any) -> Any:
     """Tags every leaf, for jax.checkpoint's save_only_these_names."""
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, c.name), tree)

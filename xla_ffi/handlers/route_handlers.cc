@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/huge_pages.h"
 #include "handlers/call.h"
 #include "handlers/handlers.h"
 #include "handlers/moe_layout.h"
@@ -85,6 +86,8 @@ Status Unpack(const Route& route, uint32_t position, RouteResults results,
     }
     views.push_back(*std::move(view));
   }
+  AdviseHugePages(results.tokens, static_cast<size_t>(layout.output_rows() *
+                                                      layout.row_bytes));
   const moe::Placement placement = moe::Place(layout, views, results.place);
   *results.dropped = placement.dropped;
   for (int32_t source = 0; source < layout.num_ranks; ++source) {
