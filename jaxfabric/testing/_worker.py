@@ -192,7 +192,9 @@ def _run_session(setup: dict[str, Any], channel: Channel) -> None:
     off = ("terminal", "cacheprovider", "faulthandler", "junitxml", "pastebin")
     options["plugins"] = [*options.get("plugins", []), *(f"no:{p}" for p in off)]
     # What pytest-xdist uses as well: a config with the options of another process.
-    config = Config.fromdictargs(options, setup["args"])
+    # This module's package is a plugin that pytest would like to see first.
+    quiet = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    config = Config.fromdictargs(options, [*quiet, *setup["args"]])
     config.pluginmanager.register(_Session(channel), "jaxfabric-rank")
     channel.send(kind="ready")
     config.hook.pytest_cmdline_main(config=config)

@@ -10,9 +10,10 @@ namespace {
 using Type = ControlMessage::Type;
 
 TEST(ControlMessageTest, RoundTrips) {
-  for (const Type type : {Type::kCredits, Type::kWantCredits, Type::kAbort,
-                          Type::kGoodbye}) {
-    for (const std::string& text : {std::string(), std::string("why\0not", 7)}) {
+  for (const Type type :
+       {Type::kCredits, Type::kWantCredits, Type::kAbort, Type::kGoodbye}) {
+    for (const std::string& text :
+         {std::string(), std::string("why\0not", 7)}) {
       const ControlMessage sent = {type, 0xfedcba98, ~uint64_t{1}, text};
       const auto got = ControlMessage::Decode(sent.Encode());
       ASSERT_TRUE(got.ok()) << got.status().message();
@@ -66,9 +67,9 @@ TEST(ControlMessageTest, NoDamageIsFatal) {
     std::string damaged = bytes.substr(0, seeded.Below(bytes.size() + 1));
     for (uint64_t flips = seeded.Below(4); flips > 0 && !damaged.empty();
          --flips) {
-      const size_t at = seeded.OneIn(2)
-                            ? seeded.Below(damaged.size())
-                            : seeded.Below(std::min<size_t>(24, damaged.size()));
+      const size_t at =
+          seeded.OneIn(2) ? seeded.Below(damaged.size())
+                          : seeded.Below(std::min<size_t>(24, damaged.size()));
       damaged[at] = static_cast<char>(damaged[at] ^ (1 << seeded.Below(8)));
     }
     const auto got = ControlMessage::Decode(damaged);

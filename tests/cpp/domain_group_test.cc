@@ -114,7 +114,7 @@ std::vector<std::vector<Piece>> RandomTransfers(Seeded& seeded,
 }
 
 // Sends random transfers and checks counts and every byte, written or not.
-void CheckRandomTransfers(Seeded& seeded, FakeOptions options,
+void CheckRandomTransfers(Seeded& seeded, const FakeOptions& options,
                           size_t domains_here, size_t domains_there) {
   constexpr uint64_t kBytes = 40'000;
   Node from(options, domains_here, kBytes);
@@ -179,15 +179,15 @@ TEST_P(DomainGroupChaosTest, EveryTransferIsCountedOnceAndItsBytesAreRight) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Domains, DomainGroupChaosTest,
-    testing::Values(std::pair(1, 1), std::pair(2, 2), std::pair(4, 4),
-                    std::pair(8, 8), std::pair(1, 4), std::pair(4, 1),
-                    std::pair(3, 2), std::pair(3, 8)),
-    [](const auto& info) {
-      return std::to_string(info.param.first) + "To" +
-             std::to_string(info.param.second);
-    });
+INSTANTIATE_TEST_SUITE_P(Domains, DomainGroupChaosTest,
+                         testing::Values(std::pair(1, 1), std::pair(2, 2),
+                                         std::pair(4, 4), std::pair(8, 8),
+                                         std::pair(1, 4), std::pair(4, 1),
+                                         std::pair(3, 2), std::pair(3, 8)),
+                         [](const auto& info) {
+                           return std::to_string(info.param.first) + "To" +
+                                  std::to_string(info.param.second);
+                         });
 
 // One sender and one receiver over a calm network.
 class DomainGroupTest : public testing::Test {
@@ -205,9 +205,9 @@ class DomainGroupTest : public testing::Test {
     }
   }
   void Submit(const std::vector<Piece>& pieces, uint32_t id) {
-    const Status submitted =
-        from->group->SubmitWrite(1, from->local, to->remote, pieces, id,
-                                 [this](const Status& s) { ended.push_back(s); });
+    const Status submitted = from->group->SubmitWrite(
+        1, from->local, to->remote, pieces, id,
+        [this](const Status& s) { ended.push_back(s); });
     EXPECT_TRUE(submitted.ok()) << submitted.message();
   }
   uint64_t Units(uint32_t id) { return to->units[{0, id}]; }
@@ -222,14 +222,14 @@ TEST_F(DomainGroupTest, FaultWriteOnTheWrongDomainAfterAnOddStart) {
   // of another is refused, whichever Domain a transfer starts on.
   Open(4, {.write_bytes_max = 100});
   for (uint32_t id = 0; id < 40; ++id) {
-    const uint64_t chunks = 1 + id % 7;
-    Submit({{id * 800, id * 800, chunks * 100}}, id);
+    const uint64_t at = uint64_t{id} * 800;
+    Submit({{at, at, (1 + at / 800 % 7) * 100}}, id);
   }
   ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
     return ended.size() == 40 && to->units.size() == 40;
   }));
   for (const Status& status : ended) EXPECT_TRUE(status.ok());
-  for (uint32_t id = 0; id < 40; ++id) {
+  for (uint64_t id = 0; id < 40; ++id) {
     EXPECT_EQ(std::memcmp(to->target() + id * 800, from->source() + id * 800,
                           (1 + id % 7) * 100),
               0);
@@ -259,8 +259,8 @@ TEST_F(DomainGroupTest, FaultEmptyListOfDestinations) {
   Submit({{0, kBytes, 0}}, 2);
   Submit({{0, 0, 0}, {0, 0, 10}, {0, 0, 0}}, 3);
   ASSERT_TRUE(PollUntil({from.get(), to.get()}, [&] {
-    return ended.size() == 3 && Units(1) + Units(2) + Units(3) ==
-                                    3 * kTransferUnits;
+    return ended.size() == 3 &&
+           Units(1) + Units(2) + Units(3) == 3 * kTransferUnits;
   }));
   EXPECT_EQ(Units(1), kTransferUnits);
   EXPECT_EQ(Units(2), kTransferUnits);

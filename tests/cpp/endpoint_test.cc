@@ -40,8 +40,7 @@ class EndpointTest : public testing::Test {
     heap_ = *SharedMemory::Create("test-peer", kHeap.TotalBytes());
     peer_ = std::make_unique<DomainGroup>(std::move(domains));
     keys_ = *peer_->RegisterMemory({heap_.data(), heap_.size(), heap_.fd()});
-    EXPECT_TRUE(
-        endpoint_->Connect(kPeerRank, PeerAddress(), Deadline()).ok());
+    EXPECT_TRUE(endpoint_->Connect(kPeerRank, PeerAddress(), Deadline()).ok());
     EXPECT_TRUE(
         peer_->AddPeer(kOwnRank, endpoint_->address().domains, Deadline())
             .ok());
@@ -95,10 +94,10 @@ class EndpointTest : public testing::Test {
   }
   void PeerCounts(TransferId id, const std::vector<Piece>& pieces = {}) {
     const RankAddress own = endpoint_->address();
-    ASSERT_TRUE(peer_->SubmitWrite(kOwnRank,
-                                   {heap_.data(), heap_.size(), keys_},
-                                   own.heap, pieces, id.Encode(),
-                                   [](const Status&) {})
+    ASSERT_TRUE(peer_
+                    ->SubmitWrite(kOwnRank, {heap_.data(), heap_.size(), keys_},
+                                  own.heap, pieces, id.Encode(),
+                                  [](const Status&) {})
                     .ok());
   }
   void PeerSays(ControlMessage::Type type, uint64_t argument,
@@ -111,10 +110,10 @@ class EndpointTest : public testing::Test {
   // An operation whose end can be awaited.
   OperationPtr Begin(double timeout_s = 30) {
     ended_ = std::make_shared<std::promise<Status>>();
-    return std::make_shared<Operation>(
-        "call", timeout_s, [ended = ended_](Status status) {
-          ended->set_value(std::move(status));
-        });
+    return std::make_shared<Operation>("call", timeout_s,
+                                       [ended = ended_](Status status) {
+                                         ended->set_value(std::move(status));
+                                       });
   }
   Status Ended() {
     auto future = ended_->get_future();
@@ -265,10 +264,10 @@ TEST_F(EndpointTest, HostileDescriptorsLoseThePeer) {
 
 TEST_F(EndpointTest, HostileImmediatesLoseThePeer) {
   const TransferId hostile[] = {
-      {kPeerRank + 1, IdKind::kMailbox, 0},              // another's
-      {kOwnRank, IdKind::kWindow, 0},                    // ours
-      {kPeerRank, static_cast<IdKind>(2), 0},            // no such kind
-      {kPeerRank, IdKind::kMailbox, kMailboxSlots},      // no such slot
+      {kPeerRank + 1, IdKind::kMailbox, 0},          // another's
+      {kOwnRank, IdKind::kWindow, 0},                // ours
+      {kPeerRank, static_cast<IdKind>(2), 0},        // no such kind
+      {kPeerRank, IdKind::kMailbox, kMailboxSlots},  // no such slot
       {kPeerRank, IdKind::kMailbox, kSlotsMax - 1},
   };
   for (const TransferId& id : hostile) {
@@ -356,8 +355,8 @@ TEST_F(EndpointTest, APutAsLargeAsAllWindowsFits) {
   const std::string text(kHeap.window_bytes, 'p');
   for (int i = 0; i < 3; ++i) {
     endpoint_->Put(kPeerRank, 0,
-                   reinterpret_cast<const std::byte*>(text.data()),
-                   text.size(), 1, Begin());
+                   reinterpret_cast<const std::byte*>(text.data()), text.size(),
+                   1, Begin());
     EXPECT_TRUE(Ended().ok());
   }
   DriveUntil([&] { return Transfers() == 3; });
@@ -402,8 +401,7 @@ TEST(EndpointOptionsTest, MoreRanksThanIdsHaveRoomForAreRefused) {
   std::vector<std::unique_ptr<Domain>> domains;
   domains.push_back(*transport->OpenDomain());
   const auto opened = Endpoint::Open(
-      {.rank = 0,
-       .heap = {.ranks = kRanksMax + 1, .mailbox_bytes = 64}},
+      {.rank = 0, .heap = {.ranks = kRanksMax + 1, .mailbox_bytes = 64}},
       std::move(domains), [](const Endpoint::Loss&) {});
   EXPECT_EQ(opened.status().code(), StatusCode::kInvalidArgument);
 }

@@ -93,10 +93,9 @@ inline Outgoing MessageOf(const EngineCall& call, uint32_t peer,
 inline EndedCall StartCall(Engine& engine, const EngineCall& call) {
   auto ended = std::make_shared<std::promise<Status>>();
   EndedCall future = ended->get_future();
-  const auto begun =
-      engine.Begin("test call", call.timeout_s, [ended](Status status) {
-        ended->set_value(std::move(status));
-      });
+  const auto begun = engine.Begin(
+      "test call", call.timeout_s,
+      [ended](Status status) { ended->set_value(std::move(status)); });
   if (!begun.ok()) {
     ended->set_value(begun.status());
     return future;

@@ -58,8 +58,7 @@ class EngineTest : public testing::TestWithParam<Kind> {
 INSTANTIATE_TEST_SUITE_P(
     Kinds, EngineTest,
     testing::Values(Kind{"Shm", OpenShm}, Kind{"ShmTwoDomains", OpenShm, 2},
-                    Kind{"Fake", Fake({})},
-                    Kind{"FakeChaos", Fake(Chaos(1))},
+                    Kind{"Fake", Fake({})}, Kind{"FakeChaos", Fake(Chaos(1))},
                     Kind{"FakeChaosFourDomains", Fake(Chaos(2)), 4}),
     [](const auto& info) { return info.param.name; });
 
@@ -88,11 +87,10 @@ TEST_P(EngineTest, CallsInAnyOrderGetTheirOwnBytes) {
       std::shuffle(at, at + 8, seeded.random());
     }
     for (const uint64_t channel : channels) {
-      calls.push_back(StartCall(cluster[rank],
-                                {.rank = rank,
-                                 .key = {channel, channel % 3},
-                                 .peers = cluster.Others(rank),
-                                 .bytes = bytes_of(channel)}));
+      calls.push_back(StartCall(cluster[rank], {.rank = rank,
+                                                .key = {channel, channel % 3},
+                                                .peers = cluster.Others(rank),
+                                                .bytes = bytes_of(channel)}));
     }
   }
   for (EndedCall& call : calls) {
@@ -104,9 +102,8 @@ TEST_P(EngineTest, CallsInAnyOrderGetTheirOwnBytes) {
 // More messages than a mailbox has slots, and more bytes than it has room for:
 // the sender runs ahead until credit ends.
 TEST_P(EngineTest, ASenderFarAheadWaitsForCredit) {
-  EngineCluster cluster = Open(2, [](EngineOptions& options) {
-    options.mailbox_bytes = 4096;
-  });
+  EngineCluster cluster =
+      Open(2, [](EngineOptions& options) { options.mailbox_bytes = 4096; });
   constexpr uint64_t kMessages = 3 * kMailboxSlots;
   const auto bytes = [](uint32_t, uint32_t) -> uint64_t { return 70; };
   std::vector<EndedCall> calls;
@@ -136,8 +133,8 @@ TEST_P(EngineTest, ASenderFarAheadWaitsForCredit) {
 
 TEST_P(EngineTest, MessagesAsLargeAsTheMailboxGoOneAfterTheOther) {
   constexpr uint64_t kBytes = 4097;
-  EngineCluster cluster = Open(
-      2, [](EngineOptions& options) { options.mailbox_bytes = kBytes; });
+  EngineCluster cluster =
+      Open(2, [](EngineOptions& options) { options.mailbox_bytes = kBytes; });
   std::vector<EndedCall> calls;
   for (uint64_t i = 0; i < 6; ++i) {
     calls.push_back(cluster.Start(0, {1, i}, kBytes));
@@ -153,12 +150,13 @@ TEST_P(EngineTest, FaultARankWithoutTokensHangsTheWorld) {
   EngineCluster cluster = Open(3);
   std::vector<EndedCall> calls;
   for (uint32_t rank = 0; rank < 3; ++rank) {
-    calls.push_back(StartCall(
-        cluster[rank],
-        {.rank = rank,
-         .key = kKey,
-         .peers = cluster.Others(rank),
-         .bytes = [](uint32_t from, uint32_t) { return from == 1 ? 0u : 99u; }}));
+    calls.push_back(
+        StartCall(cluster[rank], {.rank = rank,
+                                  .key = kKey,
+                                  .peers = cluster.Others(rank),
+                                  .bytes = [](uint32_t from, uint32_t) {
+                                    return from == 1 ? 0u : 99u;
+                                  }}));
   }
   for (EndedCall& call : calls) EXPECT_TRUE(Await(call).ok());
 }
@@ -253,11 +251,9 @@ TEST_P(EngineTest, WhoSaysGoodbyeDisturbsNobody) {
   const auto one = [](uint32_t, uint32_t) -> uint64_t { return 1; };
   for (uint64_t i = 0; i < 30; ++i) {
     EndedCall a = StartCall(
-        cluster[0],
-        {.rank = 0, .key = {2, i}, .peers = {2}, .bytes = one});
+        cluster[0], {.rank = 0, .key = {2, i}, .peers = {2}, .bytes = one});
     EndedCall b = StartCall(
-        cluster[2],
-        {.rank = 2, .key = {2, i}, .peers = {0}, .bytes = one});
+        cluster[2], {.rank = 2, .key = {2, i}, .peers = {0}, .bytes = one});
     EXPECT_TRUE(Await(a).ok());
     EXPECT_TRUE(Await(b).ok());
   }

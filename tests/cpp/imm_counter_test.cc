@@ -225,9 +225,8 @@ TEST(ImmCounterTest, AgreesWithASimpleModel) {
       if (handle == 0) counters.called.push_back(step);
       waiting.push_back({handle, transfers * kTransferUnits, step});
     } else {
-      const auto one =
-          waiting.begin() +
-          static_cast<ptrdiff_t>(seeded.Below(waiting.size()));
+      const auto one = waiting.begin() +
+                       static_cast<ptrdiff_t>(seeded.Below(waiting.size()));
       std::vector<std::function<void()>> ready;
       ASSERT_TRUE(counters.table.Cancel(one->handle, &ready));
       for (const auto& callback : ready) callback();

@@ -26,8 +26,8 @@ Ints Coordinates(const Ints& shape, int64_t rank) {
 // over `axes`.
 std::vector<uint32_t> BruteForce(const Ints& shape, const Ints& axes,
                                  uint32_t rank) {
-  const int64_t ranks =
-      std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies());
+  const int64_t ranks = std::accumulate(shape.begin(), shape.end(), int64_t{1},
+                                        std::multiplies());
   std::vector<std::pair<Ints, uint32_t>> members;
   const Ints own = Coordinates(shape, rank);
   for (int64_t other = 0; other < ranks; ++other) {
@@ -47,8 +47,8 @@ std::vector<uint32_t> BruteForce(const Ints& shape, const Ints& axes,
 }
 
 void ExpectAgrees(const Ints& shape, const Ints& axes) {
-  const int64_t ranks =
-      std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies());
+  const int64_t ranks = std::accumulate(shape.begin(), shape.end(), int64_t{1},
+                                        std::multiplies());
   for (uint32_t rank = 0; rank < ranks; ++rank) {
     const auto group = GroupOf(shape, axes, rank);
     ASSERT_TRUE(group.ok()) << group.status().message();
@@ -82,8 +82,8 @@ TEST(MeshGroupTest, NoAxesMeanTheRankAlone) {
 }
 
 TEST(MeshGroupTest, AllAxesInAllOrdersAgreeWithBruteForce) {
-  for (const Ints& shape : {Ints{5}, Ints{2, 3}, Ints{1, 4, 1}, Ints{2, 3, 2},
-                            Ints{3, 1, 2, 2}}) {
+  for (const Ints& shape :
+       {Ints{5}, Ints{2, 3}, Ints{1, 4, 1}, Ints{2, 3, 2}, Ints{3, 1, 2, 2}}) {
     const auto count = static_cast<uint32_t>(shape.size());
     for (uint32_t chosen = 0; chosen < 1u << count; ++chosen) {
       Ints axes;
@@ -101,7 +101,8 @@ TEST(MeshGroupTest, RandomMeshesAgreeWithBruteForce) {
   Seeded seeded;
   for (int i = 0; i < 30; ++i) {
     Ints shape(1 + seeded.Below(4));
-    for (int64_t& size : shape) size = static_cast<int64_t>(1 + seeded.Below(4));
+    for (int64_t& size : shape)
+      size = static_cast<int64_t>(1 + seeded.Below(4));
     Ints axes(shape.size());
     std::iota(axes.begin(), axes.end(), 0);
     std::shuffle(axes.begin(), axes.end(), seeded.random());

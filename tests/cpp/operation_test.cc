@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <future>
+#include <memory>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -31,21 +32,26 @@ struct End {
 class Watched {
  public:
   OperationPtr Begin() {
-    return std::make_shared<Operation>("call", 30, [this](Status status) {
-      ends_.fetch_add(1, std::memory_order_relaxed);
-      end_.set_value({std::move(status), std::this_thread::get_id()});
-    });
+    // Shared: the pool may still be in it when the test has seen its end.
+    return std::make_shared<Operation>(
+        "call", 30, [state = state_](Status status) {
+          state->ends.fetch_add(1, std::memory_order_relaxed);
+          state->end.set_value({std::move(status), std::this_thread::get_id()});
+        });
   }
-  int ends() const { return ends_.load(std::memory_order_relaxed); }
+  int ends() const { return state_->ends.load(std::memory_order_relaxed); }
   End Await() {
-    auto future = end_.get_future();
+    auto future = state_->end.get_future();
     JF_CHECK(future.wait_for(kPatience) == std::future_status::ready);
     return future.get();
   }
 
  private:
-  std::atomic<int> ends_{0};
-  std::promise<End> end_;
+  struct State {
+    std::atomic<int> ends{0};
+    std::promise<End> end;
+  };
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
 TEST(OperationTest, TheLastReferenceCompletesIt) {
@@ -108,7 +114,9 @@ TEST(OperationTest, CompletesElsewhereUnlessToldOtherwise) {
 
 TEST(OperationTest, ScopesNest) {
   const Operation::CompleteHere outer;
-  { const Operation::CompleteHere inner; }
+  {
+    const Operation::CompleteHere inner;
+  }
   Watched watched;
   watched.Begin().reset();
   EXPECT_EQ(watched.Await().thread, std::this_thread::get_id());

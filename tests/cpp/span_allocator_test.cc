@@ -87,8 +87,8 @@ TEST(SpanAllocatorTest, AgreesWithASimpleModel) {
       }
     }
     const std::optional<uint64_t> offset = spans.Allocate(bytes);
-    ASSERT_EQ(offset, expected) << "step " << step << ", " << bytes << " of "
-                                << capacity << " bytes";
+    ASSERT_EQ(offset, expected)
+        << "step " << step << ", " << bytes << " of " << capacity << " bytes";
     if (!offset) continue;
     const Span span = {*offset / kCacheLineBytes, count};
     std::fill_n(used.begin() + static_cast<ptrdiff_t>(span.first), span.count,

@@ -228,8 +228,8 @@ void DomainGroup::Handle(size_t domain, Completion& completion,
     --open_chunks_[domain];
     --transfer->open;
     // Only an error sets it: else it is what an earlier completion left there.
-    Retire(transfer, completion.kind == Kind::kError ? completion.status
-                                                     : OkStatus());
+    Retire(transfer,
+           completion.kind == Kind::kError ? completion.status : OkStatus());
     return;
   }
   const auto name = names_[domain].find(completion.peer);

@@ -409,8 +409,8 @@ void Endpoint::SayGoodbye() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto& [name, peer] : peers_) {
     if (peer->lost) continue;
-    SendControl(name, ControlMessage::Type::kGoodbye,
-                peer->stats.messages_sent, "");
+    SendControl(name, ControlMessage::Type::kGoodbye, peer->stats.messages_sent,
+                "");
   }
 }
 

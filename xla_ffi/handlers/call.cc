@@ -1,6 +1,7 @@
 #include "handlers/call.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace jaxfabric {
@@ -83,8 +84,9 @@ ffi::Future Refuse(Engine& engine, const Status& status) {
   return FailedFuture(status);
 }
 
-StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, int32_t device,
-                       ffi::RunId run_id, const CallAttributes& attributes) {
+StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, const Frame& frame,
+                       const CallAttributes& attributes) {
+  const int32_t device = frame.device;
   Call call;
   call.fabric = std::move(fabric);
   const auto rank = call.fabric->rank_by_device.find(device);
@@ -99,7 +101,7 @@ StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, int32_t device,
       call.group,
       GroupOf(call.fabric->mesh_shape,
               {attributes.axes.begin(), attributes.axes.size()}, rank->second));
-  const int32_t position = attributes.position.typed_data()[0];
+  const int32_t position = frame.position.typed_data()[0];
   if (static_cast<int64_t>(call.group.position) != position) {
     return Status(StatusCode::kFailedPrecondition,
                   "device " + std::to_string(device) + " has index " +
@@ -110,29 +112,36 @@ StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, int32_t device,
                       "': the two order their devices differently; open the "
                       "Fabric over the program's mesh");
   }
-  call.run_id = run_id.run_id;
+  call.run_id = frame.run_id.run_id;
   return call;
 }
 
-double TimeLeft(const Engine& engine, const CallAttributes& attributes) {
+double TimeLeft(const Engine& engine, const CallAttributes& attributes,
+                int64_t begun_ns) {
   const double whole_s = attributes.timeout_s > 0 ? attributes.timeout_s
                                                   : engine.options().timeout_s;
-  if (attributes.begun_ns == 0) return whole_s;
+  if (begun_ns == 0) return whole_s;
   constexpr double kLeastS = 1e-3;  // what has come already is still taken
-  const auto elapsed_ns = MonotonicNanoseconds() - attributes.begun_ns;
+  const auto elapsed_ns = MonotonicNanoseconds() - begun_ns;
   return std::max(kLeastS, whole_s - static_cast<double>(elapsed_ns) * 1e-9);
 }
 
 }  // namespace
 
-ffi::Future RunCall(int32_t device, ffi::RunId run_id,
-                    const CallAttributes& attributes,
-                    const std::function<Status(Call)>& start) {
+void PassToken(const ffi::AnyBuffer& token,
+               ffi::Result<ffi::AnyBuffer> token_out) {
+  std::memcpy(token_out->untyped_data(), token.untyped_data(),
+              token.size_bytes());
+}
+
+ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
+                    const std::function<Status(Call)>& start,
+                    int64_t begun_ns) {
   const std::string label(attributes.label);
   auto fabric = FabricRegistry::Get().Find(attributes.fabric);
   if (!fabric.ok()) return FailedFuture(fabric.status().Annotate(label));
   Engine* const engine = (*fabric)->engine.get();
-  auto resolved = Resolve(*fabric, device, run_id, attributes);
+  auto resolved = Resolve(*fabric, frame, attributes);
   if (!resolved.ok()) {
     return Refuse(*engine, resolved.status().Annotate(label));
   }
@@ -150,18 +159,18 @@ ffi::Future RunCall(int32_t device, ffi::RunId run_id,
   ffi::Promise promise;
   ffi::Future future(promise);
   // The Fabric is kept until the end: closing it waits for operations.
-  auto begun = engine->Begin(
-      label, TimeLeft(*engine, attributes),
-      [promise, fabric = call.fabric, endpoint = call.endpoint,
-       channel](const Status& status) mutable {
-        endpoint->LeaveChannel(channel);
-        fabric.reset();
-        if (status.ok()) {
-          promise.SetAvailable();
-        } else {
-          promise.SetError(ToError(status));
-        }
-      });
+  auto begun =
+      engine->Begin(label, TimeLeft(*engine, attributes, begun_ns),
+                    [promise, fabric = call.fabric, endpoint = call.endpoint,
+                     channel](const Status& status) mutable {
+                      endpoint->LeaveChannel(channel);
+                      fabric.reset();
+                      if (status.ok()) {
+                        promise.SetAvailable();
+                      } else {
+                        promise.SetError(ToError(status));
+                      }
+                    });
   if (!begun.ok()) {
     call.endpoint->LeaveChannel(channel);
     return FailedFuture(begun.status());

@@ -21,31 +21,41 @@
 
 namespace jaxfabric {
 
-// The attributes that each call carries.
+// The attributes that each call carries. Calls with more of them derive from
+// it.
 struct CallAttributes {
   int64_t fabric;
   int64_t channel;
   std::string_view label;  // "dispatch (jit_step, call 3)"
   double timeout_s;        // <= 0: the Fabric's
   xla::ffi::Span<const int64_t> axes;
-  // This rank's index on the axes, as the program sees it.
-  xla::ffi::Buffer<xla::ffi::S32> position;
-  // When the first half of the call began (monotonic), or 0: the time limit
-  // counts from there.
-  int64_t begun_ns = 0;
 };
 
-// Begins the binding of a handler: context, attributes, first operand.
-inline auto BindCall() {
+// How XLA finds the attributes of CallAttributes, for
+// XLA_FFI_REGISTER_STRUCT_ATTR_DECODING of it and what derives from it.
+#define JF_CALL_ATTRIBUTES                                 \
+  ::xla::ffi::StructMember<int64_t>("fabric"),             \
+      ::xla::ffi::StructMember<int64_t>("channel"),        \
+      ::xla::ffi::StructMember<std::string_view>("label"), \
+      ::xla::ffi::StructMember<double>("timeout_s"),       \
+      ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("axes")
+
+// What each handler is told by XLA, besides its attributes.
+struct Frame {
+  int32_t device;
+  xla::ffi::RunId run_id;
+  // This rank's index on the axes, as the program sees it.
+  xla::ffi::Buffer<xla::ffi::S32> position;
+};
+
+// Begins the binding of a handler (device, run_id, attributes, position, ...).
+template <typename Attributes>
+auto BindCall() {
   return xla::ffi::Ffi::Bind()
       .Ctx<xla::ffi::DeviceOrdinal>()
       .Ctx<xla::ffi::RunId>()
-      .Attr<int64_t>("fabric")
-      .Attr<int64_t>("channel")
-      .Attr<std::string_view>("label")
-      .Attr<double>("timeout_s")
-      .Attr<xla::ffi::Span<const int64_t>>("axes")
-      .Arg<xla::ffi::Buffer<xla::ffi::S32>>();
+      .Attrs<Attributes>()
+      .template Arg<xla::ffi::Buffer<xla::ffi::S32>>();
 }
 
 xla::ffi::Error ToError(const Status& status);
@@ -72,12 +82,20 @@ struct Call {
              std::function<Status(const std::vector<Arrival>&)> finish) &&;
 };
 
+// Copies the token, which is data to XLA and nothing to us.
+void PassToken(const xla::ffi::AnyBuffer& token,
+               xla::ffi::Result<xla::ffi::AnyBuffer> token_out);
+
 // Runs `start` with a Call of this rank; what is returned completes when the
-// last reference to the Call's operation is gone.
-xla::ffi::Future RunCall(int32_t device, xla::ffi::RunId run_id,
-                         const CallAttributes& attributes,
-                         const std::function<Status(Call)>& start);
+// last reference to the Call's operation is gone. `begun_ns` is when the first
+// half of the call began (monotonic), or 0: the time limit counts from there.
+xla::ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
+                         const std::function<Status(Call)>& start,
+                         int64_t begun_ns = 0);
 
 }  // namespace jaxfabric
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jaxfabric::CallAttributes,
+                                      JF_CALL_ATTRIBUTES);
 
 #endif  // JAXFABRIC_HANDLERS_CALL_H_

@@ -7,13 +7,14 @@
 #include <span>
 
 #include "base/status.h"
+#include "handlers/call.h"
 #include "moe/layout.h"
 #include "moe/sum_rows.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxfabric {
 
-struct MoeAttributes {
+struct MoeAttributes : CallAttributes {
   int64_t num_experts;
   int64_t capacity;  // -1: dropless
   int64_t expert_alignment;
@@ -35,5 +36,13 @@ std::span<T> SpanOf(const xla::ffi::AnyBuffer& buffer) {
 }
 
 }  // namespace jaxfabric
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jaxfabric::MoeAttributes, JF_CALL_ATTRIBUTES,
+    ::xla::ffi::StructMember<int64_t>("num_experts"),
+    ::xla::ffi::StructMember<int64_t>("capacity"),
+    ::xla::ffi::StructMember<int64_t>("expert_alignment"),
+    ::xla::ffi::StructMember<bool>("expand"),
+    ::xla::ffi::StructMember<bool>("zero_tail"));
 
 #endif  // JAXFABRIC_HANDLERS_MOE_LAYOUT_H_

@@ -22,6 +22,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 using Buffer = ffi::AnyBuffer;
+using Position = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
 // Both ends of one exchange along a plan, and the operands.
@@ -50,11 +51,6 @@ StatusOr<std::shared_ptr<Along>> MakeAlong(
   along->rows = static_cast<const std::byte*>(rows.untyped_data());
   JF_ASSIGN_OR_RETURN(along->type, RowTypeOf(rows));
   return along;
-}
-
-void PassToken(Buffer token, Result token_out) {
-  std::memcpy(token_out->untyped_data(), token.untyped_data(),
-              token.size_bytes());
 }
 
 // Posts one message to each other rank: `bytes` and `pack` by axis position.
@@ -104,23 +100,16 @@ Status UnpackReplay(const Along& along, uint32_t position, std::byte* out,
   return OkStatus();
 }
 
-ffi::Future Replay(int32_t device, ffi::RunId run_id, int64_t fabric,
-                   int64_t channel, std::string_view label, double timeout_s,
-                   ffi::Span<const int64_t> axes,
-                   ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                   int64_t capacity, int64_t expert_alignment, bool expand,
-                   bool zero_tail, Buffer x, Buffer ids, Buffer recv_count,
+ffi::Future Replay(int32_t device, ffi::RunId run_id, MoeAttributes attributes,
+                   Position position, Buffer x, Buffer ids, Buffer recv_count,
                    Buffer slot_row, Buffer token, Result rows,
                    Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(std::shared_ptr<Along> along,
-                            MakeAlong(call,
-                                      {num_experts, capacity, expert_alignment,
-                                       expand, zero_tail},
-                                      x, ids, recv_count, slot_row));
+        JF_ASSIGN_OR_RETURN(
+            std::shared_ptr<Along> along,
+            MakeAlong(call, attributes, x, ids, recv_count, slot_row));
         SendToAll(
             call,
             [&](int32_t destination) {
@@ -237,25 +226,18 @@ void ReceivePartials(Call call, std::shared_ptr<Along> along,
       });
 }
 
-ffi::Future ReduceWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
-                        int64_t channel, std::string_view label,
-                        double timeout_s, ffi::Span<const int64_t> axes,
-                        ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                        int64_t capacity, int64_t expert_alignment, bool expand,
-                        bool zero_tail, Buffer rows, Buffer row_weights,
-                        Buffer scalars, Buffer ids, Buffer recv_count,
-                        Buffer slot_row, Buffer token, Result y,
-                        Result slot_scalars, Result token_out) {
+ffi::Future ReduceWhole(int32_t device, ffi::RunId run_id,
+                        MoeAttributes attributes, Position position,
+                        Buffer rows, Buffer row_weights, Buffer scalars,
+                        Buffer ids, Buffer recv_count, Buffer slot_row,
+                        Buffer token, Result y, Result slot_scalars,
+                        Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(
-            std::shared_ptr<Along> along,
-            PlanReduce(
-                call,
-                {num_experts, capacity, expert_alignment, expand, zero_tail},
-                rows, row_weights, scalars, ids, recv_count, slot_row));
+        JF_ASSIGN_OR_RETURN(std::shared_ptr<Along> along,
+                            PlanReduce(call, attributes, rows, row_weights,
+                                       scalars, ids, recv_count, slot_row));
         SendPartials(call, along);
         ReceivePartials(std::move(call), std::move(along),
                         {static_cast<std::byte*>(y->untyped_data()),
@@ -264,68 +246,45 @@ ffi::Future ReduceWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
       });
 }
 
-ffi::Future ReduceStart(int32_t device, ffi::RunId run_id, int64_t fabric,
-                        int64_t channel, std::string_view label,
-                        double timeout_s, ffi::Span<const int64_t> axes,
-                        ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                        int64_t capacity, int64_t expert_alignment, bool expand,
-                        bool zero_tail, Buffer rows, Buffer row_weights,
-                        Buffer scalars, Buffer ids, Buffer recv_count,
-                        Buffer slot_row, Buffer token, Result pending,
-                        Result token_out) {
+ffi::Future ReduceStart(int32_t device, ffi::RunId run_id,
+                        MoeAttributes attributes, Position position,
+                        Buffer rows, Buffer row_weights, Buffer scalars,
+                        Buffer ids, Buffer recv_count, Buffer slot_row,
+                        Buffer token, Result pending, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         StorePending({call.key, MonotonicNanoseconds()},
                      pending->untyped_data());
-        JF_ASSIGN_OR_RETURN(
-            std::shared_ptr<Along> along,
-            PlanReduce(
-                call,
-                {num_experts, capacity, expert_alignment, expand, zero_tail},
-                rows, row_weights, scalars, ids, recv_count, slot_row));
+        JF_ASSIGN_OR_RETURN(std::shared_ptr<Along> along,
+                            PlanReduce(call, attributes, rows, row_weights,
+                                       scalars, ids, recv_count, slot_row));
         SendPartials(call, along);
         return OkStatus();
       });
 }
 
-ffi::Future ReduceDone(int32_t device, ffi::RunId run_id, int64_t fabric,
-                       int64_t channel, std::string_view label,
-                       double timeout_s, ffi::Span<const int64_t> axes,
-                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                       int64_t capacity, int64_t expert_alignment, bool expand,
-                       bool zero_tail, Buffer pending, Buffer rows,
-                       Buffer row_weights, Buffer scalars, Buffer ids,
-                       Buffer recv_count, Buffer slot_row, Buffer token,
-                       Result y, Result slot_scalars, Result token_out) {
+ffi::Future ReduceDone(int32_t device, ffi::RunId run_id,
+                       MoeAttributes attributes, Position position,
+                       Buffer pending, Buffer rows, Buffer row_weights,
+                       Buffer scalars, Buffer ids, Buffer recv_count,
+                       Buffer slot_row, Buffer token, Result y,
+                       Result slot_scalars, Result token_out) {
   const Pending started = LoadPending(pending.untyped_data());
   return RunCall(
-      device, run_id,
-      {fabric, channel, label, timeout_s, axes, position, started.begun_ns},
+      {device, run_id, position}, attributes,
       [&](Call call) -> Status {
         PassToken(token, token_out);
-        JF_ASSIGN_OR_RETURN(
-            std::shared_ptr<Along> along,
-            PlanReduce(
-                call,
-                {num_experts, capacity, expert_alignment, expand, zero_tail},
-                rows, row_weights, scalars, ids, recv_count, slot_row));
+        JF_ASSIGN_OR_RETURN(std::shared_ptr<Along> along,
+                            PlanReduce(call, attributes, rows, row_weights,
+                                       scalars, ids, recv_count, slot_row));
         call.AdoptKey(started.key);
         ReceivePartials(std::move(call), std::move(along),
                         {static_cast<std::byte*>(y->untyped_data()),
                          SpanOf<float>(*slot_scalars)});
         return OkStatus();
-      });
-}
-
-auto BindMoe() {
-  return BindCall()
-      .Attr<int64_t>("num_experts")
-      .Attr<int64_t>("capacity")
-      .Attr<int64_t>("expert_alignment")
-      .Attr<bool>("expand")
-      .Attr<bool>("zero_tail");
+      },
+      started.begun_ns);
 }
 
 // rows, row_weights, scalars, ids, recv_count, slot_row, token
@@ -344,7 +303,7 @@ auto BindReduceOperands(Binding binding) {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricReplay, Replay,
-                              BindMoe()
+                              BindCall<MoeAttributes>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
@@ -352,16 +311,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricReplay, Replay,
                                   .Arg<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxfabricReduce, ReduceWhole,
-    BindReduceOperands(BindMoe()).Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricReduce, ReduceWhole,
+                              BindReduceOperands(BindCall<MoeAttributes>())
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxfabricReduceStart, ReduceStart,
-    BindReduceOperands(BindMoe()).Ret<Buffer>().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricReduceDone, ReduceDone,
-                              BindReduceOperands(BindMoe().Arg<Buffer>())
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>());
+    BindReduceOperands(BindCall<MoeAttributes>()).Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricReduceDone, ReduceDone,
+    BindReduceOperands(BindCall<MoeAttributes>().Arg<Buffer>())
+        .Ret<Buffer>()
+        .Ret<Buffer>()
+        .Ret<Buffer>());
 
 }  // namespace jaxfabric

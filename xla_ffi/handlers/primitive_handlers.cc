@@ -7,9 +7,45 @@
 #include "handlers/handlers.h"
 
 namespace jaxfabric {
+
+struct PutAttributes : CallAttributes {
+  int64_t window;
+  int64_t id;
+};
+
+struct WaitAttributes : CallAttributes {
+  int64_t window;
+  int64_t id;
+  int64_t count;
+};
+
+struct ExchangeAttributes : CallAttributes {
+  // source, destination, source, destination, ... as positions on the axis
+  xla::ffi::Span<const int64_t> pairs;
+};
+
+}  // namespace jaxfabric
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jaxfabric::PutAttributes, JF_CALL_ATTRIBUTES,
+    ::xla::ffi::StructMember<int64_t>("window"),
+    ::xla::ffi::StructMember<int64_t>("id"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jaxfabric::WaitAttributes, JF_CALL_ATTRIBUTES,
+    ::xla::ffi::StructMember<int64_t>("window"),
+    ::xla::ffi::StructMember<int64_t>("id"),
+    ::xla::ffi::StructMember<int64_t>("count"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jaxfabric::ExchangeAttributes, JF_CALL_ATTRIBUTES,
+    ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("pairs"));
+
+namespace jaxfabric {
 namespace {
 
 namespace ffi = xla::ffi;
+using Buffer = ffi::AnyBuffer;
+using Position = ffi::Buffer<ffi::S32>;
+using Result = ffi::Result<ffi::AnyBuffer>;
 
 constexpr uint32_t kUserIdBits = 8;
 
@@ -26,10 +62,6 @@ StatusOr<Window> FindWindow(const Fabric& fabric, int64_t index) {
                       "; make it again after the Fabric was opened again");
   }
   return fabric.windows[static_cast<size_t>(index)];
-}
-
-void PassToken(ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out) {
-  std::memcpy(out->untyped_data(), in.untyped_data(), in.size_bytes());
 }
 
 // Where one contiguous part of `x` goes.
@@ -71,39 +103,30 @@ uint64_t ItemBytes(const ffi::AnyBuffer& x) {
   return ffi::ByteWidth(x.element_type());
 }
 
-ffi::Future Put(int32_t device, ffi::RunId run_id, int64_t fabric,
-                int64_t channel, std::string_view label, double timeout_s,
-                ffi::Span<const int64_t> axes, ffi::Buffer<ffi::S32> position,
-                int64_t window_index, int64_t id, ffi::AnyBuffer x,
-                ffi::Buffer<ffi::S32> dst, ffi::Buffer<ffi::S32> offset,
-                ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> token_out) {
+ffi::Future Put(int32_t device, ffi::RunId run_id, PutAttributes attributes,
+                Position position, Buffer x, ffi::Buffer<ffi::S32> dst,
+                ffi::Buffer<ffi::S32> offset, Buffer token, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
-                            FindWindow(*call.fabric, window_index));
+                            FindWindow(*call.fabric, attributes.window));
         return PutOne(
             call, window,
             {dst.typed_data()[0], offset.typed_data()[0],
              static_cast<const std::byte*>(x.untyped_data()), x.size_bytes()},
-            ItemBytes(x), WindowSlot(window_index, id));
+            ItemBytes(x), WindowSlot(attributes.window, attributes.id));
       });
 }
 
-ffi::Future Scatter(int32_t device, ffi::RunId run_id, int64_t fabric,
-                    int64_t channel, std::string_view label, double timeout_s,
-                    ffi::Span<const int64_t> axes,
-                    ffi::Buffer<ffi::S32> position, int64_t window_index,
-                    int64_t id, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> offsets,
-                    ffi::AnyBuffer token,
-                    ffi::Result<ffi::AnyBuffer> token_out) {
+ffi::Future Scatter(int32_t device, ffi::RunId run_id, PutAttributes attributes,
+                    Position position, Buffer x, ffi::Buffer<ffi::S32> offsets,
+                    Buffer token, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
-                            FindWindow(*call.fabric, window_index));
+                            FindWindow(*call.fabric, attributes.window));
         const size_t peers = call.group.ranks.size();
         const uint64_t slice_bytes = x.size_bytes() / peers;
         const auto* data = static_cast<const std::byte*>(x.untyped_data());
@@ -111,25 +134,22 @@ ffi::Future Scatter(int32_t device, ffi::RunId run_id, int64_t fabric,
           const int64_t at = offsets.typed_data()[i];
           const Target target = {at < 0 ? -1 : static_cast<int64_t>(i), at,
                                  data + i * slice_bytes, slice_bytes};
-          JF_RETURN_IF_ERROR(PutOne(call, window, target, ItemBytes(x),
-                                    WindowSlot(window_index, id)));
+          JF_RETURN_IF_ERROR(
+              PutOne(call, window, target, ItemBytes(x),
+                     WindowSlot(attributes.window, attributes.id)));
         }
         return OkStatus();
       });
 }
 
-ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
-                 int64_t channel, std::string_view label, double timeout_s,
-                 ffi::Span<const int64_t> axes, ffi::Buffer<ffi::S32> position,
-                 int64_t window_index, int64_t id, int64_t count,
-                 ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> out,
-                 ffi::Result<ffi::AnyBuffer> token_out) {
+ffi::Future Wait(int32_t device, ffi::RunId run_id, WaitAttributes attributes,
+                 Position position, Buffer token, Result out,
+                 Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
-                            FindWindow(*call.fabric, window_index));
+                            FindWindow(*call.fabric, attributes.window));
         if (out->size_bytes() != window.bytes) {
           return Status(StatusCode::kFailedPrecondition,
                         "the program reads a window of " +
@@ -137,9 +157,10 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
                             " bytes; this Fabric's has " +
                             std::to_string(window.bytes));
         }
-        const uint32_t slot = WindowSlot(window_index, id);
+        const uint32_t slot = WindowSlot(attributes.window, attributes.id);
         Endpoint* const endpoint = call.endpoint;
-        call.operation->SetWaitingFor([endpoint, slot, count] {
+        call.operation->SetWaitingFor([endpoint, slot,
+                                       count = attributes.count] {
           return std::to_string(count) +
                  " transfers into the window, of which " +
                  std::to_string(endpoint->window_counters().Transfers(slot)) +
@@ -153,20 +174,17 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, int64_t fabric,
         };
         endpoint->Progress();
         const auto waiting = endpoint->window_counters().Expect(
-            slot, static_cast<uint64_t>(count),
+            slot, static_cast<uint64_t>(attributes.count),
             [copy_out, operation = call.operation] { copy_out(); });
         if (waiting == 0) copy_out();
         return OkStatus();
       });
 }
 
-ffi::Future Barrier(int32_t device, ffi::RunId run_id, int64_t fabric,
-                    int64_t channel, std::string_view label, double timeout_s,
-                    ffi::Span<const int64_t> axes,
-                    ffi::Buffer<ffi::S32> position, ffi::AnyBuffer token,
-                    ffi::Result<ffi::AnyBuffer> token_out) {
-  return RunCall(device, run_id,
-                 {fabric, channel, label, timeout_s, axes, position},
+ffi::Future Barrier(int32_t device, ffi::RunId run_id,
+                    CallAttributes attributes, Position position, Buffer token,
+                    Result token_out) {
+  return RunCall({device, run_id, position}, attributes,
                  [&](Call call) -> Status {
                    PassToken(token, token_out);
                    for (uint32_t peer : call.Others()) {
@@ -196,21 +214,16 @@ Status CopyExchanged(const std::vector<Arrival>& arrivals, std::byte* target,
   return OkStatus();
 }
 
-// `pairs` is source, destination, source, destination, ... as axis positions.
-ffi::Future Exchange(int32_t device, ffi::RunId run_id, int64_t fabric,
-                     int64_t channel, std::string_view label, double timeout_s,
-                     ffi::Span<const int64_t> axes,
-                     ffi::Buffer<ffi::S32> position,
-                     ffi::Span<const int64_t> pairs, ffi::AnyBuffer x,
-                     ffi::AnyBuffer token, ffi::Result<ffi::AnyBuffer> y,
-                     ffi::Result<ffi::AnyBuffer> token_out) {
+ffi::Future Exchange(int32_t device, ffi::RunId run_id,
+                     ExchangeAttributes attributes, Position position, Buffer x,
+                     Buffer token, Result y, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         const auto* source = static_cast<const std::byte*>(x.untyped_data());
         auto* target = static_cast<std::byte*>(y->untyped_data());
         const uint64_t bytes = x.size_bytes();
+        const auto pairs = attributes.pairs;
         const int64_t me = call.group.position;
         int64_t from = -1;
         for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
@@ -244,39 +257,29 @@ ffi::Future Exchange(int32_t device, ffi::RunId run_id, int64_t fabric,
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricPut, Put,
-                              BindCall()
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("id")
-                                  .Arg<ffi::AnyBuffer>()
+                              BindCall<PutAttributes>()
+                                  .Arg<Buffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricScatter, Scatter,
-                              BindCall()
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("id")
-                                  .Arg<ffi::AnyBuffer>()
+                              BindCall<PutAttributes>()
+                                  .Arg<Buffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricWait, Wait,
-                              BindCall()
-                                  .Attr<int64_t>("window")
-                                  .Attr<int64_t>("id")
-                                  .Attr<int64_t>("count")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricWait, Wait,
+    BindCall<WaitAttributes>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxfabricBarrier, Barrier,
-    BindCall().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+    BindCall<CallAttributes>().Arg<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricExchange, Exchange,
-                              BindCall()
-                                  .Attr<ffi::Span<const int64_t>>("pairs")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                              BindCall<ExchangeAttributes>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>());
 
 }  // namespace jaxfabric

@@ -86,8 +86,8 @@ Status Unpack(const Route& route, uint32_t position, RouteResults results,
     }
     views.push_back(*std::move(view));
   }
-  AdviseHugePages(results.tokens, static_cast<size_t>(layout.output_rows() *
-                                                      layout.row_bytes));
+  AdviseHugePages(results.tokens,
+                  static_cast<size_t>(layout.output_rows() * layout.row_bytes));
   const moe::Placement placement = moe::Place(layout, views, results.place);
   *results.dropped = placement.dropped;
   for (int32_t source = 0; source < layout.num_ranks; ++source) {
@@ -111,6 +111,7 @@ void ReceiveRoutes(Call call, std::shared_ptr<const Route> route,
 }
 
 using Buffer = ffi::AnyBuffer;
+using Position = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
 RouteResults ResultsOf(Result& tokens, Result& group_sizes, Result& row_weights,
@@ -126,30 +127,17 @@ RouteResults ResultsOf(Result& tokens, Result& group_sizes, Result& row_weights,
           .dropped = static_cast<int32_t*>(dropped->untyped_data())};
 }
 
-void PassToken(Buffer token, Result token_out) {
-  std::memcpy(token_out->untyped_data(), token.untyped_data(),
-              token.size_bytes());
-}
-
-ffi::Future RouteWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
-                       int64_t channel, std::string_view label,
-                       double timeout_s, ffi::Span<const int64_t> axes,
-                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                       int64_t capacity, int64_t expert_alignment, bool expand,
-                       bool zero_tail, Buffer x, Buffer ids, Buffer weights,
-                       Buffer token, Result tokens, Result group_sizes,
-                       Result row_weights, Result row_index, Result recv_count,
-                       Result slot_row, Result sent, Result dropped,
-                       Result token_out) {
+ffi::Future RouteWhole(int32_t device, ffi::RunId run_id,
+                       MoeAttributes attributes, Position position, Buffer x,
+                       Buffer ids, Buffer weights, Buffer token, Result tokens,
+                       Result group_sizes, Result row_weights, Result row_index,
+                       Result recv_count, Result slot_row, Result sent,
+                       Result dropped, Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(auto route,
-                            PlanRoute(call,
-                                      {num_experts, capacity, expert_alignment,
-                                       expand, zero_tail},
-                                      x, ids, weights));
+                            PlanRoute(call, attributes, x, ids, weights));
         SendRoutes(call, route);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,
@@ -158,65 +146,43 @@ ffi::Future RouteWhole(int32_t device, ffi::RunId run_id, int64_t fabric,
       });
 }
 
-ffi::Future RouteStart(int32_t device, ffi::RunId run_id, int64_t fabric,
-                       int64_t channel, std::string_view label,
-                       double timeout_s, ffi::Span<const int64_t> axes,
-                       ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                       int64_t capacity, int64_t expert_alignment, bool expand,
-                       bool zero_tail, Buffer x, Buffer ids, Buffer weights,
-                       Buffer token, Result pending, Result token_out) {
+ffi::Future RouteStart(int32_t device, ffi::RunId run_id,
+                       MoeAttributes attributes, Position position, Buffer x,
+                       Buffer ids, Buffer weights, Buffer token, Result pending,
+                       Result token_out) {
   return RunCall(
-      device, run_id, {fabric, channel, label, timeout_s, axes, position},
-      [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
         StorePending({call.key, MonotonicNanoseconds()},
                      pending->untyped_data());
         JF_ASSIGN_OR_RETURN(auto route,
-                            PlanRoute(call,
-                                      {num_experts, capacity, expert_alignment,
-                                       expand, zero_tail},
-                                      x, ids, weights));
+                            PlanRoute(call, attributes, x, ids, weights));
         SendRoutes(call, route);
         return OkStatus();
       });
 }
 
-ffi::Future RouteDone(int32_t device, ffi::RunId run_id, int64_t fabric,
-                      int64_t channel, std::string_view label, double timeout_s,
-                      ffi::Span<const int64_t> axes,
-                      ffi::Buffer<ffi::S32> position, int64_t num_experts,
-                      int64_t capacity, int64_t expert_alignment, bool expand,
-                      bool zero_tail, Buffer pending, Buffer x, Buffer ids,
-                      Buffer weights, Buffer token, Result tokens,
-                      Result group_sizes, Result row_weights, Result row_index,
-                      Result recv_count, Result slot_row, Result sent,
-                      Result dropped, Result token_out) {
+ffi::Future RouteDone(int32_t device, ffi::RunId run_id,
+                      MoeAttributes attributes, Position position,
+                      Buffer pending, Buffer x, Buffer ids, Buffer weights,
+                      Buffer token, Result tokens, Result group_sizes,
+                      Result row_weights, Result row_index, Result recv_count,
+                      Result slot_row, Result sent, Result dropped,
+                      Result token_out) {
   const Pending started = LoadPending(pending.untyped_data());
   return RunCall(
-      device, run_id,
-      {fabric, channel, label, timeout_s, axes, position, started.begun_ns},
+      {device, run_id, position}, attributes,
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(auto route,
-                            PlanRoute(call,
-                                      {num_experts, capacity, expert_alignment,
-                                       expand, zero_tail},
-                                      x, ids, weights));
+                            PlanRoute(call, attributes, x, ids, weights));
         call.AdoptKey(started.key);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,
                                 recv_count, slot_row, sent, dropped));
         return OkStatus();
-      });
-}
-
-auto BindRoute() {
-  return BindCall()
-      .Attr<int64_t>("num_experts")
-      .Attr<int64_t>("capacity")
-      .Attr<int64_t>("expert_alignment")
-      .Attr<bool>("expand")
-      .Attr<bool>("zero_tail");
+      },
+      started.begun_ns);
 }
 
 // x, ids, weights, token
@@ -247,13 +213,14 @@ auto BindResults(Binding binding) {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricRoute, RouteWhole,
-                              BindResults(BindOperands(BindRoute())));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricRoute, RouteWhole,
+    BindResults(BindOperands(BindCall<MoeAttributes>())));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxfabricRouteStart, RouteStart,
-    BindOperands(BindRoute()).Ret<Buffer>().Ret<Buffer>());
+    BindOperands(BindCall<MoeAttributes>()).Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxfabricRouteDone, RouteDone,
-    BindResults(BindOperands(BindRoute().Arg<Buffer>())));
+    BindResults(BindOperands(BindCall<MoeAttributes>().Arg<Buffer>())));
 
 }  // namespace jaxfabric
