@@ -27,8 +27,10 @@ constexpr HeapLayout kHeap = {
 
 class EndpointTest : public testing::Test {
  protected:
-  EndpointTest() {
-    transport_ = *OpenFakeTransport({.network = "endpoint"});
+  explicit EndpointTest(int64_t delay_max_ns = 0) {
+    transport_ = *OpenFakeTransport(
+        {.network = "endpoint", .delay_max_ns = delay_max_ns});
+    peer_transport_ = *OpenFakeTransport({.network = "endpoint"});
     std::vector<std::unique_ptr<Domain>> domains;
     domains.push_back(*transport_->OpenDomain());
     endpoint_ = *Endpoint::Open(
@@ -36,7 +38,7 @@ class EndpointTest : public testing::Test {
         std::move(domains),
         [this](Endpoint::Loss loss) { losses_.push_back(std::move(loss)); });
     domains.clear();
-    domains.push_back(*transport_->OpenDomain());
+    domains.push_back(*peer_transport_->OpenDomain());
     heap_ = *SharedMemory::Create("test-peer", kHeap.TotalBytes());
     peer_ = std::make_unique<DomainGroup>(std::move(domains));
     keys_ = *peer_->RegisterMemory({heap_.data(), heap_.size(), heap_.fd()});
@@ -150,6 +152,7 @@ class EndpointTest : public testing::Test {
   PeerStats Stats() { return endpoint_->stats().at(kPeerRank); }
 
   std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Transport> peer_transport_;
   SharedMemory heap_;  // the peer's
   std::vector<uint64_t> keys_;
   std::unique_ptr<DomainGroup> peer_;
@@ -221,6 +224,25 @@ TEST_F(EndpointTest, AWaitingSenderAsksForCreditAndIsServed) {
   PeerSays(ControlMessage::Type::kCredits, 1);
   EXPECT_TRUE(Ended().ok());
   DriveUntil([&] { return Transfers() == 2; });
+}
+
+// Its writes are confirmed late, so that credits come before.
+class LateEndpointTest : public EndpointTest {
+ protected:
+  LateEndpointTest() : EndpointTest(/*delay_max_ns=*/10'000'000) {}
+};
+
+TEST_F(LateEndpointTest, CreditThatComesBeforeTheWriteIsDoneServesToo) {
+  const uint64_t messages = 16;
+  for (uint64_t i = 0; i < messages; ++i) {
+    endpoint_->Send(Message(Begin(), kHeap.mailbox_bytes));
+  }
+  for (uint64_t i = 1; i <= messages; ++i) {
+    DriveUntil([&] { return Transfers() == i; });
+    ASSERT_FALSE(testing::Test::HasFailure()) << "after " << i - 1;
+    PeerSays(ControlMessage::Type::kCredits, 1);
+  }
+  EXPECT_TRUE(Ended().ok());
 }
 
 TEST_F(EndpointTest, WantedCreditsComeWithTheNextRelease) {

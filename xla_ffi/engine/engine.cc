@@ -144,7 +144,7 @@ std::vector<OperationPtr> Engine::LiveOperations() const {
   return live;
 }
 
-void Engine::Fail(Status status, bool tell_peers) {
+void Engine::Fail(const Status& status, bool tell_peers) {
   std::optional<uint32_t> lost_rank;
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -64,7 +64,7 @@ class Engine {
 
   // Ends the generation: everything under way fails with this status, and so
   // does everything to come. Peers are told unless they told us.
-  void Fail(Status status, bool tell_peers);
+  void Fail(const Status& status, bool tell_peers);
   Status failure() const;
   std::vector<uint32_t> lost_ranks() const;
 

@@ -13,7 +13,8 @@ StatusOr<MeshGroup> GroupOf(std::span<const int64_t> mesh_shape,
   int64_t group_size = 1;
   int64_t base = rank;
   for (int64_t axis : axes) {
-    if (axis < 0 || axis >= static_cast<int64_t>(mesh_shape.size())) {
+    if (axis < 0 || axis >= static_cast<int64_t>(mesh_shape.size()) ||
+        mesh_shape[axis] < 1) {
       return Status(StatusCode::kInvalidArgument,
                     "the mesh has no axis " + std::to_string(axis));
     }
