@@ -239,8 +239,27 @@ def test_closing_ends_what_is_under_way() -> None:
             out_specs=P("x"),
         )
         never = jax.jit(mapped)(spread(mesh, x))
+        fabric.close()
     with pytest.raises(jax.errors.JaxRuntimeError, match="was closed"):
         never.block_until_ready()
+
+
+def test_leaving_lets_calls_under_way_end() -> None:
+    mesh, x, _ = case()
+    with jf.Fabric(mesh) as fabric:
+        win = fabric.window(5, np.float32)
+
+        def chain(x: jax.Array) -> jax.Array:
+            token = jf.put(win, x, jax.lax.axis_index("x"), axis_name="x")
+            return x + jf.wait(win, axis_name="x", token=token)[0]
+
+        mapped = jax.shard_map(chain, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        program = jax.jit(mapped)
+        program(spread(mesh, x)).block_until_ready()
+        twice = program(spread(mesh, x))
+        while not fabric._native.operations_under_way() and not twice.is_ready():
+            pass
+    np.testing.assert_array_equal(twice, 2 * x)
 
 
 def test_one_mesh_and_name_is_open_once() -> None:

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/elastic_pool.h"
+
 namespace jaxfabric {
 namespace {
 
@@ -72,7 +74,11 @@ TEST(OperationTest, AFailureAloneDoesNotHandBuffersBack) {
   operation->Fail(Failure("first"));
   operation->Fail(Failure("second"));
   EXPECT_TRUE(operation->failed());
-  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  // A wrong completion would be in the pool before this.
+  std::promise<void> passed;
+  ElasticPool::Get().Post([&passed] { passed.set_value(); });
+  EXPECT_EQ(passed.get_future().wait_for(std::chrono::seconds(10)),
+            std::future_status::ready);
   EXPECT_EQ(watched.ends(), 0);
   operation.reset();
   EXPECT_EQ(watched.Await().status.message(), "first");
