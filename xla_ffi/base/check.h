@@ -7,13 +7,13 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define JF_CHECK(condition)                                                \
-  do {                                                                     \
-    if (!(condition)) [[unlikely]] {                                       \
+#define JF_CHECK(condition)                                                 \
+  do {                                                                      \
+    if (!(condition)) [[unlikely]] {                                        \
       std::fprintf(stderr, "%s:%d: jaxfabric check failed: %s\n", __FILE__, \
-                   __LINE__, #condition);                                  \
-      std::abort();                                                        \
-    }                                                                      \
+                   __LINE__, #condition);                                   \
+      std::abort();                                                         \
+    }                                                                       \
   } while (false)
 
 #endif  // JAXFABRIC_BASE_CHECK_H_
