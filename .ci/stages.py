@@ -91,7 +91,7 @@ awk '/: Skipped$/ {{ at = $1; getline; print "SKIPPED " at " " $0 }}' \
 
 MACHINE = Stage(
     "machine",
-    180,
+    100,
     f"""
 dpkg -s {APT_PACKAGES} >/dev/null 2>&1 && exit 0
 export DEBIAN_FRONTEND=noninteractive
@@ -109,11 +109,10 @@ pip install '.[dev]'
 ruff check
 ruff format --check
 mypy
-sources=$(find xla_ffi tests/cpp -name '*.cc' -o -name '*.h' | sort)
-clang-format --dry-run -Werror $sources
-cmake -S . -B build/ci/tidy -G Ninja -DJAXFABRIC_BUILD_TESTS=ON \
-  -DPython_EXECUTABLE=$(command -v python)
-printf '%s\\n' $sources | grep '\\.cc$' |
+find xla_ffi tests/cpp -name '*.cc' -o -name '*.h' | sort |
+  xargs clang-format --dry-run -Werror
+cmake -S . -B build/ci/tidy -G Ninja -DPython_EXECUTABLE=$(command -v python)
+find xla_ffi -name '*.cc' | sort |
   xargs -P$(nproc) -n1 clang-tidy --quiet -p build/ci/tidy
 """,
 )
@@ -149,7 +148,7 @@ PYTHON_BIN_PATH=$(command -v python) \
 # Two hosts on one machine, each started as a cluster would start it.
 HOSTS = Stage(
     "hosts",
-    120,
+    50,
     _venv("py311")
     + """
 pip install '.[test]'
@@ -161,13 +160,13 @@ python -P tests/hosts/run_two_hosts.py
 # bring what their extras forgot. The others share one and install what they need.
 STAGES = (
     MACHINE,
-    Stage("tests-py311", 780, _venv("py311") + TEST_COMMAND),
+    Stage("tests-py311", 720, _venv("py311") + TEST_COMMAND),
     HOSTS,
-    Stage("example", 210, _venv("example") + EXAMPLE_COMMAND),
+    Stage("example", 180, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
     Stage("cpp", 150, _cpp("cpp")),
-    Stage("cpp-asan", 180, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
-    Stage("cpp-tsan", 180, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
+    Stage("cpp-asan", 300, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
+    Stage("cpp-tsan", 300, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     LINT,
     BAZEL,
 )

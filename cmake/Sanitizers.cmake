@@ -21,5 +21,5 @@ endif()
 # -O1 and -UNDEBUG come after the build type's flags and override them, so that
 # debug checks run too.
 add_compile_options(-fsanitize=${sanitizers} -fno-sanitize-recover=all
-                    -fno-omit-frame-pointer -g -O1 -UNDEBUG)
+                    -fno-omit-frame-pointer -g1 -O1 -UNDEBUG)
 add_link_options(-fsanitize=${sanitizers})

@@ -19,10 +19,10 @@ inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 // cover. Advice only: nothing depends on it.
 inline void AdviseHugePages(void* data, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = AlignUp(begin, kHugePageBytes);
-  const uintptr_t last = (begin + bytes) / kHugePageBytes * kHugePageBytes;
-  if (last <= first) return;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const size_t skip = AlignUp(begin, kHugePageBytes) - begin;
+  if (bytes < skip + kHugePageBytes) return;
+  const size_t covered = (bytes - skip) / kHugePageBytes * kHugePageBytes;
+  madvise(static_cast<std::byte*>(data) + skip, covered, MADV_HUGEPAGE);
 }
 
 }  // namespace jaxfabric

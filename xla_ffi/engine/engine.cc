@@ -183,7 +183,7 @@ void Engine::OnLost(Endpoint::Loss loss) {
     loss.status =
         loss.status.Annotate("rank " + std::to_string(*loss.rank) + " is lost");
   }
-  Fail(std::move(loss.status), /*tell_peers=*/!loss.told);
+  Fail(loss.status, /*tell_peers=*/!loss.told);
 }
 
 void Engine::EndFailedAndExpired() {

@@ -72,7 +72,7 @@ void Call::Await(std::vector<uint32_t> sources,
   std::vector<Arrival> arrivals;
   const bool all_here = endpoint->Expect(
       key, std::move(sources), operation,
-      [ready](std::vector<Arrival> late) { ready(late); }, &arrivals);
+      [ready](const std::vector<Arrival>& late) { ready(late); }, &arrivals);
   if (all_here) ready(arrivals);
 }
 

@@ -107,7 +107,7 @@ ffi::Future Put(int32_t device, ffi::RunId run_id, PutAttributes attributes,
                 Position position, Buffer x, ffi::Buffer<ffi::S32> dst,
                 ffi::Buffer<ffi::S32> offset, Buffer token, Result token_out) {
   return RunCall(
-      {device, run_id, position}, attributes, [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](const Call& call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
                             FindWindow(*call.fabric, attributes.window));
@@ -123,7 +123,7 @@ ffi::Future Scatter(int32_t device, ffi::RunId run_id, PutAttributes attributes,
                     Position position, Buffer x, ffi::Buffer<ffi::S32> offsets,
                     Buffer token, Result token_out) {
   return RunCall(
-      {device, run_id, position}, attributes, [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](const Call& call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
                             FindWindow(*call.fabric, attributes.window));
@@ -146,7 +146,7 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, WaitAttributes attributes,
                  Position position, Buffer token, Result out,
                  Result token_out) {
   return RunCall(
-      {device, run_id, position}, attributes, [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](const Call& call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(const Window window,
                             FindWindow(*call.fabric, attributes.window));

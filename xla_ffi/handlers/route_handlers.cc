@@ -151,7 +151,7 @@ ffi::Future RouteStart(int32_t device, ffi::RunId run_id,
                        Buffer ids, Buffer weights, Buffer token, Result pending,
                        Result token_out) {
   return RunCall(
-      {device, run_id, position}, attributes, [&](Call call) -> Status {
+      {device, run_id, position}, attributes, [&](const Call& call) -> Status {
         PassToken(token, token_out);
         StorePending({call.key, MonotonicNanoseconds()},
                      pending->untyped_data());

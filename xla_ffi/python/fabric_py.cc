@@ -206,7 +206,7 @@ class NativeFabric {
 }  // namespace
 
 void RegisterFabric(nb::module_& m) {
-  nb::exception<StatusError>(m, "StatusError");
+  const nb::exception<StatusError> status_error(m, "StatusError");
   m.def("pool_threads", [] { return ElasticPool::Get().ThreadCount(); });
   nb::class_<NativeFabric>(m, "NativeFabric")
       .def(nb::init<const std::string&, std::vector<int64_t>,

@@ -14,7 +14,8 @@ namespace {
 
 template <typename Handler>
 nb::capsule Target(Handler* handler) {
-  return nb::capsule(reinterpret_cast<void*>(handler));
+  // A function as an object pointer is what XLA takes capsules to hold.
+  return nb::capsule(reinterpret_cast<void*>(handler));  // NOLINT
 }
 
 nb::dict Targets() {
