@@ -102,7 +102,7 @@ apt-get install -y --no-install-recommends {APT_PACKAGES}
 
 LINT = Stage(
     "lint",
-    240,
+    300,
     _venv("py311")
     + """
 pip install '.[dev]'
@@ -148,7 +148,7 @@ PYTHON_BIN_PATH=$(command -v python) \
 # Two hosts on one machine, each started as a cluster would start it.
 HOSTS = Stage(
     "hosts",
-    50,
+    110,
     _venv("py311")
     + """
 pip install '.[test]'
@@ -160,13 +160,13 @@ python -P tests/hosts/run_two_hosts.py
 # bring what their extras forgot. The others share one and install what they need.
 STAGES = (
     MACHINE,
-    Stage("tests-py311", 720, _venv("py311") + TEST_COMMAND),
+    Stage("tests-py311", 700, _venv("py311") + TEST_COMMAND),
     HOSTS,
     Stage("example", 180, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
     Stage("cpp", 150, _cpp("cpp")),
-    Stage("cpp-asan", 300, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
-    Stage("cpp-tsan", 300, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
+    Stage("cpp-asan", 250, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
+    Stage("cpp-tsan", 250, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     LINT,
     BAZEL,
 )
