@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--steps", type=int, default=60, help="training steps")
+    add("--steps", type=int, default=40, help="training steps")
     add("--batch", type=int, default=16, help="sequences per step, over all ranks")
     add("--seed", type=int, default=0, help="of parameters and batches")
     add("--implementation", choices=("fabric", "reference"), default="fabric")
