@@ -79,10 +79,13 @@ TEST(DoorbellTest, RingsAcrossProcesses) {
   auto* words = reinterpret_cast<DoorbellWords*>(memory->data());
   const Deadline deadline = Deadline::AfterSeconds(kPatienceSeconds);
   const auto wait_for = [&](Doorbell doorbell, uint32_t count) {
-    while (doorbell.Sequence() < count && !deadline.Expired()) {
-      doorbell.Wait(doorbell.Sequence() < count ? count - 1 : count, deadline);
+    // One reading: a ring between two of them would be waited for twice.
+    uint32_t seen = doorbell.Sequence();
+    while (seen < count && !deadline.Expired()) {
+      doorbell.Wait(seen, deadline);
+      seen = doorbell.Sequence();
     }
-    return doorbell.Sequence() >= count;
+    return seen >= count;
   };
   constexpr uint32_t kRounds = 200;
   const pid_t child = fork();

@@ -28,17 +28,18 @@ void Tell(const UniqueFd& channel, const std::string& text) {
   JF_CHECK(send(channel.get(), text.data(), text.size(), MSG_NOSIGNAL) ==
            static_cast<ssize_t>(text.size()));
 }
+// What the other end told, or nothing if it has ended.
 std::string Hear(const UniqueFd& channel) {
   pollfd wait = {.fd = channel.get(), .events = POLLIN, .revents = 0};
   JF_CHECK(poll(&wait, 1, static_cast<int>(kEnginePatienceSeconds * 1000)) ==
            1);
   std::array<char, 4096> buffer;
   const ssize_t bytes = recv(channel.get(), buffer.data(), buffer.size(), 0);
-  JF_CHECK(bytes > 0);
+  JF_CHECK(bytes >= 0);
   return {buffer.data(), static_cast<size_t>(bytes)};
 }
 
-// Connects with all ranks, then plays `part`.
+// Connects with all ranks, plays `part`, and stays until all have played it.
 void RunRank(const UniqueFd& channel, uint32_t ranks, uint32_t rank,
              const Part& part) {
   auto engine = *Engine::Open(RankOptions(ranks, rank),
@@ -52,6 +53,8 @@ void RunRank(const UniqueFd& channel, uint32_t ranks, uint32_t rank,
   Tell(channel, "connected");
   Hear(channel);
   part(*engine, rank);
+  Tell(channel, "played");
+  Hear(channel);
 }
 
 // Plays `part` on each rank; returns how each process ended, as waitpid says.
@@ -79,6 +82,12 @@ std::vector<int> RunRanks(uint32_t ranks, const Part& part) {
   }
   for (const UniqueFd& channel : channels) Hear(channel);
   for (const UniqueFd& channel : channels) Tell(channel, "go");
+  std::vector<bool> alive;
+  for (const UniqueFd& channel : channels)
+    alive.push_back(!Hear(channel).empty());
+  for (uint32_t rank = 0; rank < ranks; ++rank) {
+    if (alive[rank]) Tell(channels[rank], "end");
+  }
   std::vector<int> ends(ranks, -1);
   for (uint32_t rank = 0; rank < ranks; ++rank) {
     waitpid(pids[rank], &ends[rank], 0);
