@@ -17,6 +17,7 @@ TIMEOUT_S = 240
 COMPARED_STEPS = 50
 SHORT_STEPS = 20
 
+pytestmark = pytest.mark.example
 pytest.importorskip("flax", reason="the example needs jaxfabric[examples]")
 pytest.importorskip("optax", reason="the example needs jaxfabric[examples]")
 

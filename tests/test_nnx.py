@@ -188,7 +188,13 @@ def test_nnx_scan_over_layers() -> None:
     np.testing.assert_allclose(nnx.jit(stack)(layers, x), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", ["argument", "context", "both"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(pytest.param(g, marks=pytest.mark.slow) for g in ("argument", "both")),
+        "context",
+    ],
+)
 def test_explicit_mesh(given: str) -> None:
     """y is sharded as x is, so that a residual connection works."""
     mesh = jax.make_mesh(
