@@ -359,8 +359,10 @@ TEST_F(EndpointTest, AGoodbyeMayOvertakeTheLastMessage) {
 
 TEST_F(EndpointTest, PutsArriveInTheWindowAndAreCounted) {
   const std::string text(999, 'p');
-  endpoint_->Put(kPeerRank, 1, reinterpret_cast<const std::byte*>(text.data()),
-                 text.size(), /*slot=*/77, Begin());
+  endpoint_->Put(
+      kPeerRank,
+      {{reinterpret_cast<const std::byte*>(text.data()), 1, text.size()}},
+      /*slot=*/77, Begin());
   EXPECT_TRUE(Ended().ok());
   DriveUntil([&] { return Transfers() == 1; });
   const TransferId id = TransferId::Decode(transfer_ids_[0]);
@@ -372,13 +374,37 @@ TEST_F(EndpointTest, PutsArriveInTheWindowAndAreCounted) {
   EXPECT_EQ(window[0], std::byte{0});
 }
 
+TEST_F(EndpointTest, PartsOfAPutAreOneTransfer) {
+  const std::string text = "abcdef";
+  const auto* bytes = reinterpret_cast<const std::byte*>(text.data());
+  // The first two meet in the target's memory, the third stands alone.
+  endpoint_->Put(kPeerRank,
+                 {{bytes + 2, 8, 2}, {bytes, 10, 2}, {bytes + 4, 0, 2}},
+                 /*slot=*/9, Begin());
+  EXPECT_TRUE(Ended().ok());
+  DriveUntil([&] { return Transfers() == 1; });
+  const std::byte* const window = heap_.data() + kHeap.Windows();
+  EXPECT_EQ(std::memcmp(window, "ef\0\0\0\0\0\0cdab\0", 13), 0);
+}
+
+TEST_F(EndpointTest, AWriteThatFailsWhileItsPeerLivesIsReported) {
+  ASSERT_TRUE(peer_->UnregisterMemory(keys_).ok());
+  const std::byte one{1};
+  endpoint_->Put(kPeerRank, {{&one, 0, 1}}, /*slot=*/9, Begin());
+  DriveUntil([&] { return !losses_.empty(); });
+  EXPECT_FALSE(losses_[0].rank.has_value());
+  EXPECT_THAT(losses_[0].status.message(),
+              HasSubstr("a write to rank 1 failed"));
+}
+
 TEST_F(EndpointTest, APutAsLargeAsAllWindowsFits) {
   // The windows' size is no multiple of a cache line.
   const std::string text(kHeap.window_bytes, 'p');
   for (int i = 0; i < 3; ++i) {
-    endpoint_->Put(kPeerRank, 0,
-                   reinterpret_cast<const std::byte*>(text.data()), text.size(),
-                   1, Begin());
+    endpoint_->Put(
+        kPeerRank,
+        {{reinterpret_cast<const std::byte*>(text.data()), 0, text.size()}}, 1,
+        Begin());
     EXPECT_TRUE(Ended().ok());
   }
   DriveUntil([&] { return Transfers() == 3; });
@@ -386,7 +412,7 @@ TEST_F(EndpointTest, APutAsLargeAsAllWindowsFits) {
 
 TEST_F(EndpointTest, PutsToItselfAreCounted) {
   const std::byte one{1};
-  endpoint_->Put(kOwnRank, 999, &one, 1, 5, Begin());
+  endpoint_->Put(kOwnRank, {{&one, 999, 1}}, 5, Begin());
   EXPECT_TRUE(Ended().ok());
   EXPECT_EQ(endpoint_->window_counters().Transfers(5), 1u);
   EXPECT_EQ(endpoint_->heap()[kHeap.Windows() + 999], one);

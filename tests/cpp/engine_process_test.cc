@@ -83,8 +83,9 @@ std::vector<int> RunRanks(uint32_t ranks, const Part& part) {
   for (const UniqueFd& channel : channels) Hear(channel);
   for (const UniqueFd& channel : channels) Tell(channel, "go");
   std::vector<bool> alive;
-  for (const UniqueFd& channel : channels)
+  for (const UniqueFd& channel : channels) {
     alive.push_back(!Hear(channel).empty());
+  }
   for (uint32_t rank = 0; rank < ranks; ++rank) {
     if (alive[rank]) Tell(channels[rank], "end");
   }

@@ -16,7 +16,6 @@
 namespace jaxfabric {
 namespace {
 
-using testing::AnyOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
 
@@ -73,7 +72,7 @@ TEST_P(EngineTest, CallsInAnyOrderGetTheirOwnBytes) {
   });
   const auto bytes_of = [](uint64_t channel) {
     return [channel](uint32_t from, uint32_t to) -> uint64_t {
-      const uint64_t mixed = channel * 7 + from * 3 + to;
+      const uint64_t mixed = channel * 7 + uint64_t{from} * 3 + to;
       return mixed % 4 == 0 ? 0 : mixed * 977 % (mixed % 5 == 0 ? 2500 : 200);
     };
   };
@@ -104,7 +103,7 @@ TEST_P(EngineTest, CallsInAnyOrderGetTheirOwnBytes) {
 TEST_P(EngineTest, ASenderFarAheadWaitsForCredit) {
   EngineCluster cluster =
       Open(2, [](EngineOptions& options) { options.mailbox_bytes = 4096; });
-  constexpr uint64_t kMessages = 3 * kMailboxSlots;
+  constexpr uint64_t kMessages = uint64_t{3} * kMailboxSlots;
   const auto bytes = [](uint32_t, uint32_t) -> uint64_t { return 70; };
   std::vector<EndedCall> calls;
   for (uint64_t i = 0; i < kMessages; ++i) {
@@ -191,11 +190,11 @@ TEST_P(EngineTest, PutsLandAndAreCounted) {
   auto ended = std::make_shared<std::promise<Status>>();
   {
     const OperationPtr operation = *cluster[0].Begin(
-        "put", 0, [ended](Status status) { ended->set_value(status); });
+        "put", 0, [ended](const Status& status) { ended->set_value(status); });
     for (uint32_t i = 0; i < kPuts; ++i) {
-      cluster[0].endpoint(0)->Put(1, window + i * kBytes,
-                                  source.data() + i * kBytes, kBytes, 7,
-                                  operation);
+      cluster[0].endpoint(0)->Put(
+          1, {{source.data() + i * kBytes, window + i * kBytes, kBytes}}, 7,
+          operation);
     }
   }
   EndedCall call = ended->get_future();
@@ -338,7 +337,8 @@ TEST_F(FakeEngineTest, FaultALostHandshakeHangsForEver) {
 
 TEST_F(FakeEngineTest, ADrainSaysWhatIsLeft) {
   EngineCluster cluster(2, Fake({.delay_max_ns = 2'000'000'000}));
-  EndedCall call = cluster.Start(0, kKey, 30'000);
+  const EndedCall call = cluster.Start(0, kKey, 30'000);
+  EXPECT_TRUE(call.valid());
   EXPECT_EQ(cluster[0].Drain(Deadline::AfterSeconds(0.01)).code(),
             StatusCode::kDeadlineExceeded);
 }

@@ -2,39 +2,28 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
+#include <string_view>
 #include <utility>
-
-#include "engine/immediate.h"
 
 namespace jaxfabric {
 namespace {
 
 constexpr size_t kPollBatch = 64;
-constexpr uint64_t kMessageCookie = 0;
 
-// Cuts pieces at `chunk_bytes`. There is at least one chunk, so that a transfer
-// of no bytes is counted too.
-std::vector<Piece> CutIntoChunks(const std::vector<Piece>& pieces,
-                                 uint64_t chunk_bytes) {
-  std::vector<Piece> chunks;
-  for (const Piece& piece : pieces) {
-    for (uint64_t begin = 0; begin < piece.length; begin += chunk_bytes) {
-      chunks.push_back({piece.local_offset + begin, piece.remote_offset + begin,
-                        std::min(chunk_bytes, piece.length - begin)});
-    }
-  }
-  if (chunks.empty()) {
-    const uint64_t remote = pieces.empty() ? 0 : pieces[0].remote_offset;
-    chunks.push_back({0, remote, 0});
-  }
-  return chunks;
+Status NotConnected(uint32_t name) {
+  return Status(StatusCode::kUnavailable,
+                "rank " + std::to_string(name) + " is not connected");
 }
 
 }  // namespace
 
-DomainGroup::DomainGroup(std::vector<std::unique_ptr<Domain>> domains)
+DomainGroup::DomainGroup(std::vector<std::unique_ptr<Domain>> domains,
+                         int64_t (*clock_ns)())
     : domains_(std::move(domains)),
-      open_chunks_(domains_.size(), 0),
+      clock_ns_(clock_ns),
+      stats_(domains_.size()),
+      queues_(domains_.size()),
       names_(domains_.size()) {
   JF_CHECK(!domains_.empty() && domains_.size() <= kDomainsMax);
 }
@@ -45,14 +34,55 @@ std::vector<NetAddr> DomainGroup::addresses() const {
   return addresses;
 }
 
+size_t DomainGroup::message_bytes_max() const {
+  size_t bytes = caps().message_bytes_max;
+  for (const auto& domain : domains_) {
+    bytes = std::min<size_t>(bytes, domain->caps().message_bytes_max);
+  }
+  return bytes - std::min(bytes, LinkFrame::kHeaderBytes);
+}
+
 StatusOr<std::vector<uint64_t>> DomainGroup::RegisterMemory(
     const MemoryRegion& region) {
   std::vector<uint64_t> keys;
   for (const auto& domain : domains_) {
-    JF_ASSIGN_OR_RETURN(const uint64_t key, domain->RegisterMemory(region));
-    keys.push_back(key);
+    const StatusOr<uint64_t> key = domain->RegisterMemory(region);
+    if (!key.ok()) {
+      for (size_t i = 0; i < keys.size(); ++i) {
+        (void)domains_[i]->UnregisterMemory(keys[i]);
+      }
+      return key.status();
+    }
+    keys.push_back(*key);
   }
   return keys;
+}
+
+Status DomainGroup::UnregisterMemory(const std::vector<uint64_t>& keys) {
+  if (keys.size() != domains_.size()) {
+    return Status(StatusCode::kInvalidArgument,
+                  std::to_string(keys.size()) + " keys for " +
+                      std::to_string(domains_.size()) + " Domains");
+  }
+  for (const auto& [handle, transfer] : transfers_) {
+    if (transfer->local.keys == keys) {
+      return Status(StatusCode::kFailedPrecondition,
+                    "a transfer to peer " + std::to_string(transfer->peer) +
+                        " still reads this memory; wait for it, or cancel it");
+    }
+  }
+  Status status;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const Status one = domains_[i]->UnregisterMemory(keys[i]);
+    if (status.ok()) status = one;
+  }
+  return status;
+}
+
+GroupPeer* DomainGroup::FindPeer(uint32_t name) {
+  const auto found = peers_.find(name);
+  if (found == peers_.end() || found->second->over) return nullptr;
+  return found->second.get();
 }
 
 Status DomainGroup::AddPeer(uint32_t name,
@@ -63,209 +93,310 @@ Status DomainGroup::AddPeer(uint32_t name,
         StatusCode::kInvalidArgument,
         "a peer has 1 to 8 addresses, not " + std::to_string(addresses.size()));
   }
-  Peer peer;
-  for (size_t i = 0; i < domains_.size(); ++i) {
-    const uint32_t remote = static_cast<uint32_t>(i % addresses.size());
-    JF_ASSIGN_OR_RETURN(const PeerId id,
-                        domains_[i]->AddPeer(addresses[remote], deadline));
-    peer.links.push_back({id, remote});
-    names_[i][id] = name;
+  auto peer = std::make_shared<GroupPeer>();
+  peer->name = name;
+  const size_t links = std::max(domains_.size(), addresses.size());
+  for (size_t k = 0; k < links; ++k) {
+    Link link;
+    link.number = static_cast<uint8_t>(k);
+    link.domain = static_cast<uint32_t>(k % domains_.size());
+    link.remote_domain = static_cast<uint32_t>(k % addresses.size());
+    link.address = addresses[link.remote_domain];
+    JF_ASSIGN_OR_RETURN(link.id,
+                        domains_[link.domain]->AddPeer(link.address, deadline));
+    peer->links.push_back(std::move(link));
   }
-  // Domains of theirs that we do not write to still write to us.
-  for (size_t j = domains_.size(); j < addresses.size(); ++j) {
-    const size_t i = j % domains_.size();
-    JF_ASSIGN_OR_RETURN(const PeerId id,
-                        domains_[i]->AddPeer(addresses[j], deadline));
-    names_[i][id] = name;
+  if (peers_.contains(name)) return OkStatus();
+  peer->fences = links > 1;
+  for (const Link& link : peer->links) {
+    names_[link.domain][link.id] = {peer, link.number};
+    const DomainCaps& caps = domains_[link.domain]->caps();
+    peer->fences &= caps.removal_fences && caps.immediate_names_peer;
   }
-  if (peers_.emplace(name, std::move(peer)).second) turn_.push_back(name);
+  fences_ |= peer->fences;
+  Share(*peer, /*joins=*/true);
+  peers_[name] = peer;
+  turn_.push_back(peer);
   return OkStatus();
 }
 
-Status DomainGroup::SubmitWrite(uint32_t name, const LocalRegion& local,
-                                const MrDesc& remote,
-                                const std::vector<Piece>& pieces, uint32_t id,
-                                Done done) {
+void DomainGroup::RemovePeer(uint32_t name) {
   const auto found = peers_.find(name);
-  if (found == peers_.end() || found->second.lost) {
-    return Status(StatusCode::kUnavailable,
-                  "rank " + std::to_string(name) + " is not connected");
+  if (found == peers_.end()) return;
+  const GroupPeerPtr peer = found->second;
+  peers_.erase(found);
+  std::erase(turn_, peer);
+  for (const Link& link : peer->links) {
+    domains_[link.domain]->RemovePeer(link.id);
   }
-  uint64_t chunk_bytes = caps().write_bytes_max;
-  if (domains_.size() > 1) chunk_bytes = std::min(chunk_bytes, kChunkBytes);
-  auto transfer = std::make_shared<Transfer>(
-      Transfer{.peer = name,
-               .local = local,
-               .remote = remote,
-               .chunks = CutIntoChunks(pieces, chunk_bytes),
-               .id = id,
-               .done = std::move(done),
-               .status = OkStatus()});
-  if (transfer->chunks.size() > kWritesPerTransferMax) {
-    return Status(StatusCode::kInvalidArgument,
-                  "a transfer of " + std::to_string(transfer->chunks.size()) +
-                      " writes; at most 2^20 can be counted as one");
+  for (auto& names : names_) {
+    std::erase_if(names,
+                  [&](const auto& item) { return item.second.peer == peer; });
   }
-  found->second.queue.push_back(std::move(transfer));
+  // What is open ends by itself, and with it the rest of its transfers.
+  EndPeer(*peer, Status(StatusCode::kCancelled,
+                        "peer " + std::to_string(name) + " was removed"));
+  RunEnded();
+}
+
+StatusOr<TransferHandle> DomainGroup::SubmitWrite(
+    uint32_t name, const LocalRegion& local, const MrDesc& remote,
+    const std::vector<Piece>& pieces, std::optional<uint32_t> id, Done done) {
+  GroupPeer* const peer = FindPeer(name);
+  if (peer == nullptr) return NotConnected(name);
+  if (id && peer->quarantined.contains(*id)) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "an earlier transfer under this id ended badly when it was "
+                  "partly sent; take another id, or ReleaseId once peer " +
+                      std::to_string(name) + " has dropped what it holds");
+  }
+  uint64_t write_bytes_max = caps().write_bytes_max;
+  for (const auto& domain : domains_) {
+    write_bytes_max = std::min(write_bytes_max, domain->caps().write_bytes_max);
+  }
+  auto transfer = std::make_shared<Transfer>();
+  JF_ASSIGN_OR_RETURN(
+      transfer->chunks,
+      CutIntoChunks(pieces, peer->links.size(), write_bytes_max, id));
+  uint64_t bytes = 0;
+  for (const Piece& piece : pieces) bytes += piece.length;
+  transfer->peer = name;
+  transfer->local = local;
+  transfer->remote = remote;
+  transfer->id = id;
+  transfer->done = std::move(done);
+  transfer->handle = next_handle_++;
+  transfer->small = bytes <= kSplitBytes;
+  const TransferHandle handle = transfer->handle;
+  transfers_[handle] = transfer;
+  peer->waiting_bytes += bytes;
+  peer->QueueOf(*transfer).push_back(std::move(transfer));
   Pump();
-  return OkStatus();
+  RunEnded();
+  return handle;
 }
 
-void DomainGroup::SubmitSend(uint32_t name, std::string message) {
-  const auto found = peers_.find(name);
-  if (found == peers_.end() || found->second.lost) return;
-  found->second.messages.push_back(std::move(message));
-  PumpMessages(name, found->second);
+bool DomainGroup::Cancel(TransferHandle handle) {
+  const auto found = transfers_.find(handle);
+  if (found == transfers_.end()) return false;
+  const std::shared_ptr<Transfer> transfer = found->second;
+  FailTransfer(FindPeer(transfer->peer), transfer,
+               Status(StatusCode::kCancelled,
+                      "the transfer to peer " + std::to_string(transfer->peer) +
+                          " was cancelled"));
+  RunEnded();
+  return true;
+}
+
+void DomainGroup::ReleaseId(uint32_t name, uint32_t id) {
+  if (GroupPeer* const peer = FindPeer(name)) peer->quarantined.erase(id);
+}
+
+void DomainGroup::SubmitSend(uint32_t name, std::string message, Done done) {
+  if (FindPeer(name) == nullptr) {
+    ended_.emplace_back(std::move(done), NotConnected(name));
+  } else {
+    const GroupPeerPtr peer = peers_.at(name);
+    peer->messages.push_back({std::move(message), std::move(done)});
+    PumpMessages(peer);
+  }
+  RunEnded();
 }
 
 std::byte* DomainGroup::DirectPointer(uint32_t name, const MrDesc& remote,
                                       uint64_t offset, uint64_t length) {
-  const auto found = peers_.find(name);
-  if (found == peers_.end() || found->second.lost) return nullptr;
-  const Link& link = found->second.links[0];
+  const GroupPeer* const peer = FindPeer(name);
+  if (peer == nullptr) return nullptr;
+  const Link& link = peer->links[0];
   return domains_[0]->DirectPointer(
       link.id, {remote.keys[link.remote_domain], remote.base, offset}, length);
 }
 
-bool DomainGroup::PumpMessages(uint32_t, Peer& peer) {
-  bool moved = false;
-  while (!peer.messages.empty()) {
-    auto posted = domains_[0]->PostSend(peer.links[0].id, peer.messages.front(),
-                                        kMessageCookie);
-    if (posted.ok() && *posted == Posted::kAgain) break;
-    if (posted.ok()) ++open_messages_;
-    peer.messages.pop_front();  // a failed one is noticed as a lost peer
-    moved = true;
-  }
-  return moved;
-}
-
-bool DomainGroup::PostChunk(Peer& peer, size_t domain) {
-  const std::shared_ptr<Transfer> transfer = peer.queue.front();
-  const uint32_t index = transfer->next;
-  const Piece& chunk = transfer->chunks[index];
-  const Link& link = peer.links[domain];
-  const Immediate immediate = {
-      transfer->id,
-      ShareOfWrite(index, static_cast<uint32_t>(transfer->chunks.size()))};
-  LocalSpan source;
-  if (chunk.length > 0) {
-    source = {transfer->local.base + chunk.local_offset,
-              transfer->local.keys[domain]};
-  }
-  const uint64_t cookie = next_cookie_;
-  auto posted = domains_[domain]->PostWriteImm(
-      link.id, source,
-      {transfer->remote.keys[link.remote_domain], transfer->remote.base,
-       chunk.remote_offset},
-      chunk.length, immediate.Encode(), cookie);
-  if (!posted.ok()) {
-    peer.queue.pop_front();
-    transfer->next = static_cast<uint32_t>(transfer->chunks.size());
-    Retire(transfer, posted.status());
-    return true;
-  }
-  if (*posted == Posted::kAgain) return false;
-  ++next_cookie_;
-  open_[cookie] = transfer;
-  ++open_chunks_[domain];
-  ++transfer->open;
-  if (++transfer->next == transfer->chunks.size()) peer.queue.pop_front();
-  return true;
-}
-
-bool DomainGroup::Pump() {
-  bool moved = false;
-  for (size_t domain = 0; domain < domains_.size(); ++domain) {
-    size_t refusals = 0;  // peers in a row that had nothing or no room
-    while (open_chunks_[domain] < kWindowChunks && refusals < turn_.size()) {
-      Peer& peer = peers_[turn_[turn_next_++ % turn_.size()]];
-      if (peer.queue.empty() || !PostChunk(peer, domain)) {
-        ++refusals;
-      } else {
-        refusals = 0;
-        moved = true;
-      }
-    }
-  }
-  return moved;
-}
-
-void DomainGroup::Retire(const std::shared_ptr<Transfer>& transfer,
-                         Status status) {
-  if (transfer->status.ok()) transfer->status = std::move(status);
-  // The source may be reused only once the last open write is over, also when
-  // the first has failed.
-  if (transfer->open == 0 && transfer->next == transfer->chunks.size() &&
-      transfer->done) {
-    Done done = std::exchange(transfer->done, nullptr);
-    done(transfer->status);
-  }
-}
-
-void DomainGroup::LosePeer(uint32_t name, const Status& status,
-                           std::vector<Event>* events) {
-  Peer& peer = peers_[name];
-  if (std::exchange(peer.lost, true)) return;
-  peer.messages.clear();
-  for (const auto& transfer : std::exchange(peer.queue, {})) {
-    transfer->next = static_cast<uint32_t>(transfer->chunks.size());
-    Retire(transfer, status);
-  }
-  events->push_back({Event::Kind::kPeerLost, name, 0, "", status});
-}
-
-void DomainGroup::Handle(size_t domain, Completion& completion,
-                         std::vector<Event>* events) {
-  using Kind = Completion::Kind;
-  if (completion.kind == Kind::kWriteDone || completion.kind == Kind::kError ||
-      completion.kind == Kind::kSendDone) {
-    if (completion.cookie == kMessageCookie) --open_messages_;
-    const auto found = open_.find(completion.cookie);
-    if (found == open_.end()) return;  // a message's, or not ours
-    const std::shared_ptr<Transfer> transfer = std::move(found->second);
-    open_.erase(found);
-    --open_chunks_[domain];
-    --transfer->open;
-    // Only an error sets it: else it is what an earlier completion left there.
-    Retire(transfer,
-           completion.kind == Kind::kError ? completion.status : OkStatus());
-    return;
-  }
-  const auto name = names_[domain].find(completion.peer);
-  if (name == names_[domain].end()) return;  // nobody that we added
-  if (completion.kind == Kind::kImmediate) {
-    events->push_back({Event::Kind::kImmediate, name->second,
-                       completion.immediate, "", OkStatus()});
-  } else if (completion.kind == Kind::kMessage) {
-    events->push_back({Event::Kind::kMessage, name->second, 0,
-                       std::move(completion.message), OkStatus()});
-  } else if (completion.kind == Kind::kPeerLost) {
-    LosePeer(name->second, completion.status, events);
-  }
-}
-
 bool DomainGroup::Idle() const {
   return open_messages_ == 0 &&
-         std::all_of(peers_.begin(), peers_.end(), [](const auto& item) {
-           return item.second.messages.empty();
-         });
+         std::all_of(turn_.begin(), turn_.end(),
+                     [](const auto& peer) { return peer->messages.empty(); });
+}
+
+void DomainGroup::RunEnded() {
+  while (!ended_.empty()) {
+    auto [done, status] = std::move(ended_.front());
+    ended_.pop_front();
+    if (done) done(std::move(status));
+  }
+}
+
+void DomainGroup::HandleWriteEnd(OpenPost& post, Link& link,
+                                 const Status& status) {
+  const Chunk& chunk = post.write.transfer->chunks[post.write.chunk];
+  DomainStats& stats = stats_[link.domain];
+  if (post.peer->links.size() > 1) {
+    const bool full = !HasRoom(link, std::max<uint64_t>(1, chunk.piece.length));
+    if (status.ok()) {
+      link.rate.Done(chunk.piece.length, now_ns_,
+                     full || chunk.piece.length >= kSplitBytes);
+    }
+    link.progress_ns = now_ns_;
+  }
+  --link.open_writes;
+  if (!post.peer->over) CountBorrowed(link);
+  link.open_bytes -= chunk.piece.length;
+  --stats.open_writes;
+  if (status.ok()) {
+    ++stats.writes;
+    stats.write_bytes += chunk.piece.length;
+    link.backoff_ns = 0;
+    CloseWrite(*post.peer, post.write, OkStatus());
+  } else if (post.peer->over) {
+    CloseWrite(*post.peer, post.write, post.peer->end);
+  } else if (IsOfThePost(status)) {
+    if (chunk.immediate) link.sent.Take(KeyOfImmediate(*chunk.immediate));
+    CloseWrite(*post.peer, post.write, status);
+  } else if (post.peer->fences) {
+    link.uncertain.push_back(post.write);
+    FailLink(post.peer, link, status);
+  } else if (post.peer->links.size() > 1) {
+    CloseWrite(*post.peer, post.write,
+               Status(StatusCode::kUnknown,
+                      "it may have arrived or not, and this transport cannot "
+                      "tell: " +
+                          status.message()));
+  } else {
+    CloseWrite(*post.peer, post.write, status);
+  }
+}
+
+void DomainGroup::HandleMessageEnd(OpenPost& post, const Status& status) {
+  Link& link = post.peer->links[post.link];
+  GroupMessage& message = post.message;
+  if (!status.ok() && !post.peer->over && post.peer->fences &&
+      !IsOfThePost(status)) {
+    post.peer->messages.push_front(std::move(message));
+    FailLink(post.peer, link, status);
+    return;
+  }
+  post.peer->open_messages.erase(message.number);
+  ended_.emplace_back(std::move(message.done), status.ok() || !post.peer->over
+                                                   ? status
+                                                   : post.peer->end);
+}
+
+void DomainGroup::HandleEnd(size_t domain, const Completion& completion) {
+  auto node = open_.extract(completion.cookie);
+  if (!node) return;
+  OpenPost& post = node.mapped();
+  Link& link = post.peer->links[post.link];
+  --queues_[domain].posts;
+  // Only an error sets it: else it is what an earlier completion left there.
+  const bool failed = completion.kind == Completion::Kind::kError;
+  const Status status = failed ? completion.status : OkStatus();
+  stats_[domain].errors += failed;
+  if (post.kind == OpenPost::Kind::kWrite) {
+    HandleWriteEnd(post, link, status);
+    return;
+  }
+  --link.open_messages;
+  if (post.kind == OpenPost::Kind::kMessage) {
+    --open_messages_;
+    stats_[domain].messages += !failed;
+    HandleMessageEnd(post, status);
+  } else if (failed && post.peer->fences && !post.peer->over) {
+    FailLink(post.peer, link, status);
+  }
+}
+
+void DomainGroup::HandleMessage(const GroupPeerPtr& peer, const Link& link,
+                                std::string bytes) {
+  const auto frame = LinkFrame::Decode(bytes);
+  if (!frame) {
+    ++stats_[link.domain].malformed_dropped;
+  } else if (frame->type != LinkFrame::Type::kMessage) {
+    if (peer->fences) HandleFrame(peer, link, *frame);
+  } else if (!peer->fences || peer->arrived_messages.Accept(frame->number)) {
+    bytes.erase(0, LinkFrame::kHeaderBytes);
+    news_.push_back(
+        {Event::Kind::kMessage, peer->name, 0, std::move(bytes), OkStatus()});
+  }
+}
+
+void DomainGroup::HandleStranger(size_t domain, Completion& completion) {
+  if (completion.kind == Completion::Kind::kMessage) {
+    const auto frame = LinkFrame::Decode(completion.message);
+    if (!frame || frame->type != LinkFrame::Type::kMessage) {
+      ++stats_[domain].malformed_dropped;
+      return;
+    }
+    completion.message.erase(0, LinkFrame::kHeaderBytes);
+    news_.push_back({Event::Kind::kStranger, kUnknownPeer, 0,
+                     std::move(completion.message), OkStatus()});
+  } else if (completion.kind == Completion::Kind::kImmediate) {
+    if (domains_[domain]->caps().immediate_names_peer) {
+      ++stats_[domain].strangers_dropped;
+    } else {
+      news_.push_back({Event::Kind::kImmediate, kUnknownPeer,
+                       completion.immediate, "", OkStatus()});
+    }
+  }
+}
+
+void DomainGroup::HandleArrival(size_t domain, Completion& completion) {
+  const auto found = names_[domain].find(completion.peer);
+  if (found == names_[domain].end()) {
+    HandleStranger(domain, completion);
+    return;
+  }
+  const GroupPeerPtr peer = found->second.peer;
+  Link& link = peer->links[found->second.link];
+  if (completion.kind == Completion::Kind::kMessage) {
+    HandleMessage(peer, link, std::move(completion.message));
+  } else if (completion.kind == Completion::Kind::kImmediate) {
+    const LinkCount count = KeyOfImmediate(completion.immediate);
+    if (peer->fences) link.received.Add(count);
+    if (peer->fences && (count.key & kRepairKey) != 0) {
+      CountRepairWrites(peer, count.key & ~kRepairKey, 1);
+    } else {
+      news_.push_back({Event::Kind::kImmediate, peer->name,
+                       completion.immediate, "", OkStatus()});
+    }
+  } else if (completion.kind == Completion::Kind::kPeerLost &&
+             completion.peer == link.id) {
+    FailLink(peer, link, completion.status);
+  }
+}
+
+bool DomainGroup::PollDomain(size_t domain) {
+  using Kind = Completion::Kind;
+  std::array<Completion, kPollBatch> completions;
+  const size_t count = domains_[domain]->Poll(completions);
+  if (count > 0) now_ns_ = clock_ns_();
+  for (size_t i = 0; i < count; ++i) {
+    Completion& completion = completions[i];
+    if (completion.kind == Kind::kWriteDone ||
+        completion.kind == Kind::kError || completion.kind == Kind::kSendDone) {
+      HandleEnd(domain, completion);
+    } else {
+      HandleArrival(domain, completion);
+    }
+  }
+  polled_ |= count > 0;
+  return count == completions.size();
 }
 
 bool DomainGroup::Poll(std::vector<Event>* events) {
-  bool moved = false;
-  std::array<Completion, kPollBatch> completions;
+  polled_ = false;
   for (size_t domain = 0; domain < domains_.size(); ++domain) {
-    const size_t count = domains_[domain]->Poll(completions);
-    for (size_t i = 0; i < count; ++i) {
-      Handle(domain, completions[i], events);
-    }
-    moved |= count > 0;
+    PollDomain(domain);
   }
-  for (auto& [name, peer] : peers_) {
-    if (!peer.messages.empty()) moved |= PumpMessages(name, peer);
+  if (fences_) Attend();
+  bool moved = polled_;
+  for (size_t i = 0; i < turn_.size(); ++i) {
+    if (!turn_[i]->messages.empty()) moved |= PumpMessages(turn_[i]);
   }
-  if (!turn_.empty()) moved |= Pump();
+  moved |= Pump();
+  moved |= !news_.empty();
+  std::move(news_.begin(), news_.end(), std::back_inserter(*events));
+  news_.clear();
+  RunEnded();
   return moved;
 }
 

@@ -1,9 +1,17 @@
-// DomainGroup: the Domains of one rank, used as one.
+// DomainGroup: the 1 to 8 Domains of one rank, used as one.
 //
-// Transfers are cut into chunks that wait here; each Domain takes the next one
-// when it has room in a small window, so that a slow link slows only itself.
-// Chunks of different peers take turns: a peer whose queue is full blocks
-// nobody else. Not thread-safe: its owner serialises the calls.
+// A link joins one of our Domains with one of a peer's; the numbers of Domains
+// need not be equal. Transfers are cut into chunks that wait here; each link
+// takes the next one when it has room in a small window, so that a slow link
+// slows only itself, and a peer whose queue is full blocks nobody else.
+//
+// A link that fails leaves outcomes unknown. Where the transport can fence
+// (caps().removal_fences, and immediates that name their peer), both ends fence
+// the link, tell each other what they hold, and send what is missing over the
+// other links: each transfer is counted once. Where it cannot, transfers of
+// unknown outcome end with kUnknown, and their ids are quarantined.
+//
+// Not thread-safe: its owner serialises the calls.
 
 #ifndef JAXFABRIC_ENGINE_DOMAIN_GROUP_H_
 #define JAXFABRIC_ENGINE_DOMAIN_GROUP_H_
@@ -12,44 +20,50 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/deadline.h"
 #include "base/status.h"
+#include "engine/group_peer.h"
+#include "engine/link.h"
+#include "engine/link_frame.h"
+#include "engine/transfer.h"
 #include "transport/transport.h"
 
 namespace jaxfabric {
 
-// A registered region of a peer: one key per Domain of the peer.
-struct MrDesc {
-  uint64_t base = 0;
-  uint64_t length = 0;
-  std::vector<uint64_t> keys;
-};
-
-// Memory of this rank that is registered on each of its Domains.
-struct LocalRegion {
-  const std::byte* base = nullptr;
-  uint64_t length = 0;
-  std::vector<uint64_t> keys;
-};
-
-// One contiguous part of a transfer.
-struct Piece {
-  uint64_t local_offset = 0;
-  uint64_t remote_offset = 0;
-  uint64_t length = 0;
+// What one Domain has done since the start, and does now.
+struct DomainStats {
+  uint64_t writes = 0;  // that ended well
+  uint64_t write_bytes = 0;
+  uint64_t messages = 0;
+  uint64_t errors = 0;             // posts that ended badly
+  uint64_t strangers_dropped = 0;  // immediates of Domains that nobody added
+  uint64_t malformed_dropped = 0;  // messages that no group sends
+  uint64_t writes_again = 0;       // that were on this Domain's failed links
+  uint64_t links_failed = 0;
+  uint64_t links_revived = 0;
+  uint32_t open_writes = 0;
 };
 
 class DomainGroup {
  public:
   using Done = std::function<void(Status)>;
 
-  // What Poll found, in terms of this group's peers.
+  // What Poll found, in terms of this group's peers. `peer` of a stranger's
+  // message, and of an immediate where the NIC does not say whose it is, is
+  // kUnknownPeer.
   struct Event {
-    enum class Kind { kImmediate, kMessage, kPeerLost };
+    enum class Kind {
+      kImmediate,
+      kMessage,
+      kPeerLost,
+      kStranger,  // `message` came from a Domain that nobody has added
+    };
     Kind kind;
     uint32_t peer;
     uint32_t immediate = 0;
@@ -58,33 +72,54 @@ class DomainGroup {
   };
 
   static constexpr size_t kDomainsMax = 8;
-  // Chunks that one Domain has posted and not completed. Small, so that a slow
-  // link holds few of them; large enough to hide one completion's latency.
-  static constexpr uint32_t kWindowChunks = 16;
-  // Chunks are not larger where there are several Domains to share a transfer.
-  static constexpr uint64_t kChunkBytes = uint64_t{1} << 20;
+  // Writes that one link has posted and not completed. Two, so that one is
+  // under way while the other's completion is handled; more as long as they
+  // are short.
+  static constexpr uint32_t kWindowWritesMin = 2;
+  static constexpr uint32_t kWindowWritesMax = LinkFrame::kCountsMax;
+  static constexpr uint64_t kWindowBytes = uint64_t{1} << 19;
 
-  explicit DomainGroup(std::vector<std::unique_ptr<Domain>> domains);
+  explicit DomainGroup(std::vector<std::unique_ptr<Domain>> domains,
+                       int64_t (*clock_ns)() = MonotonicNanoseconds);
 
   size_t size() const { return domains_.size(); }
   const DomainCaps& caps() const { return domains_[0]->caps(); }
   std::vector<NetAddr> addresses() const;
+  // Longest message that SubmitSend takes.
+  size_t message_bytes_max() const;
 
   StatusOr<std::vector<uint64_t>> RegisterMemory(const MemoryRegion& region);
+  // Refused while a transfer that is under way reads this memory.
+  Status UnregisterMemory(const std::vector<uint64_t>& keys);
 
-  // `peer` is the caller's name for it. Our Domain i writes to Domain
-  // i mod (their number), and theirs likewise.
+  // `peer` is the caller's name for it. Link k joins our Domain k mod (our
+  // number) and theirs k mod (their number); there are as many links as the
+  // larger number.
   Status AddPeer(uint32_t peer, const std::vector<NetAddr>& addresses,
                  Deadline deadline);
+  // Forgets a peer: what is under way to it ends with kCancelled. The name may
+  // be given again, to a peer that has nothing to do with this one.
+  void RemovePeer(uint32_t peer);
 
-  // One transfer: all pieces, and one count under `id` at the peer. `done` runs
-  // in Poll or here, once no NIC reads the source any more.
-  Status SubmitWrite(uint32_t peer, const LocalRegion& local,
-                     const MrDesc& remote, const std::vector<Piece>& pieces,
-                     uint32_t id, Done done);
+  // One transfer: all pieces, and, where there is an `id`, one count under it
+  // at the peer. `done` runs in Poll or here, once no NIC reads the source any
+  // more.
+  StatusOr<TransferHandle> SubmitWrite(uint32_t peer, const LocalRegion& local,
+                                       const MrDesc& remote,
+                                       const std::vector<Piece>& pieces,
+                                       std::optional<uint32_t> id, Done done);
 
-  // Control messages; they wait for room but not behind writes.
-  void SubmitSend(uint32_t peer, std::string message);
+  // Posts no more of a transfer; `done` runs with kCancelled once what is
+  // posted has ended, perhaps here. False if the transfer is over.
+  bool Cancel(TransferHandle transfer);
+
+  // Ids of transfers that ended badly when they were partly sent are refused,
+  // until the caller knows that the peer has dropped what it holds of them.
+  void ReleaseId(uint32_t peer, uint32_t id);
+
+  // Control messages; they wait for room but not behind writes. `done` runs
+  // once the message is delivered, or with the reason why it will never be.
+  void SubmitSend(uint32_t peer, std::string message, Done done = {});
 
   // Peer memory mapped here, or nullptr.
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
@@ -93,51 +128,126 @@ class DomainGroup {
   // True if no control message waits or is on its way.
   bool Idle() const;
 
+  // By Domain.
+  std::vector<DomainStats> stats() const { return stats_; }
+
   // Moves everything forward; true if anything happened.
   bool Poll(std::vector<Event>* events);
 
  private:
-  struct Transfer {
-    uint32_t peer;
-    LocalRegion local;
-    MrDesc remote;
-    std::vector<Piece> chunks;
-    uint32_t id;
-    Done done;
-    uint32_t next = 0;  // first chunk that is not posted
-    uint32_t open = 0;  // posted and not completed
-    Status status;
+  // What a cookie stands for.
+  struct OpenPost {
+    enum class Kind { kWrite, kMessage, kFrame };
+    Kind kind;
+    GroupPeerPtr peer;
+    uint8_t link = 0;
+    UncertainWrite write;
+    GroupMessage message;
   };
-  struct Link {  // one Domain's way to one peer
-    PeerId id = kUnknownPeer;
-    uint32_t remote_domain = 0;
+  struct PeerLink {  // what a PeerId of a Domain stands for
+    GroupPeerPtr peer;
+    uint8_t link = 0;
   };
-  struct Peer {
-    std::vector<Link> links;  // by Domain
-    std::deque<std::shared_ptr<Transfer>> queue;
-    std::deque<std::string> messages;
-    bool lost = false;
+  // How a Domain's queue is shared: half of it evenly, so that whoever never
+  // finishes anything takes nobody's place; the rest as it comes.
+  struct Queue {
+    uint32_t posts = 0;     // writes and messages that are open
+    uint32_t links = 0;     // of peers that are there
+    uint32_t own = 1;       // places of each link
+    uint32_t borrowed = 0;  // beyond them, of all links together
+  };
+  struct FenceRequest {
+    GroupPeerPtr peer;
+    LinkFrame frame;
   };
 
+  // domain_group.cc
+  GroupPeer* FindPeer(uint32_t name);
+  void HandleArrival(size_t domain, Completion& completion);
+  void HandleStranger(size_t domain, Completion& completion);
+  void HandleMessage(const GroupPeerPtr& peer, const Link& link,
+                     std::string bytes);
+  void HandleEnd(size_t domain, const Completion& completion);
+  void HandleWriteEnd(OpenPost& post, Link& link, const Status& status);
+  void HandleMessageEnd(OpenPost& post, const Status& status);
+  bool PollDomain(size_t domain);  // true if it may have more
+  void RunEnded();
+
+  // domain_group_post.cc
   bool Pump();
-  bool PumpMessages(uint32_t peer_name, Peer& peer);
-  // Posts the next chunk of the peer's first transfer; false if it could not.
-  bool PostChunk(Peer& peer, size_t domain);
-  void Handle(size_t domain, Completion& completion,
-              std::vector<Event>* events);
-  void Retire(const std::shared_ptr<Transfer>& transfer, Status status);
-  void LosePeer(uint32_t name, const Status& status,
-                std::vector<Event>* events);
+  bool PostNext(const GroupPeerPtr& peer);
+  enum class Outcome { kPosted, kRefused, kFailed };
+  Outcome PostChunk(const GroupPeerPtr& peer, Link& link,
+                    const UncertainWrite& write);
+  bool PumpMessages(const GroupPeerPtr& peer);
+  bool HasRoom(const Link& link, uint64_t bytes) const;
+  void Share(GroupPeer& peer, bool joins);
+  // After a change of link.open_writes.
+  void CountBorrowed(Link& link);
+  Link* ChooseLink(GroupPeer& peer, uint64_t bytes);
+  Link* ChooseLinkForMessage(GroupPeer& peer, const Link* avoid);
+  void PostFrame(const GroupPeerPtr& peer, Link& link, const LinkFrame& frame);
+  // Over any link but `avoid`. May be lost: who needs it says it again.
+  void SendFrame(const GroupPeerPtr& peer, const LinkFrame& frame,
+                 const Link* avoid = nullptr);
+  void Retire(const std::shared_ptr<Transfer>& transfer);
+  // Posts no more of it; it is over once what is open has ended.
+  void FailTransfer(GroupPeer* peer, const std::shared_ptr<Transfer>& transfer,
+                    const Status& status);
+  void CloseWrite(GroupPeer& peer, const UncertainWrite& write,
+                  const Status& status);
+  void EndPeer(GroupPeer& peer, const Status& status);
+  void LosePeer(GroupPeer& peer, const Status& status);
+
+  // domain_group_fence.cc
+  void FailLink(const GroupPeerPtr& peer, Link& link, const Status& status);
+  void HandleFrame(const GroupPeerPtr& peer, const Link& from,
+                   const LinkFrame& frame);
+  void HandleFence(const GroupPeerPtr& peer, Link& link,
+                   const LinkFrame& frame);
+  void AnswerFences();
+  void Resolve(const GroupPeerPtr& peer, Link& link, const LinkFrame& frame);
+  void ResolveKey(const GroupPeerPtr& peer, Link& link, uint32_t key,
+                  std::optional<uint32_t> held,
+                  const std::vector<UncertainWrite>& writes);
+  void PostAgain(GroupPeer& peer, const Link& link,
+                 const UncertainWrite& write);
+  void StartRepair(const GroupPeerPtr& peer, LinkCount stands_for,
+                   const std::vector<UncertainWrite>& writes);
+  void EndRepair(GroupPeer& peer, uint32_t number, const Status& status);
+  void HandleRepair(const GroupPeerPtr& peer, const LinkFrame& frame);
+  void CountRepairWrites(const GroupPeerPtr& peer, uint32_t number,
+                         uint64_t writes);
+  void Settle(Link& link);
+  void GiveUp(const GroupPeerPtr& peer, Link& link);
+  bool StartProbing(const GroupPeerPtr& peer, Link& link);
+  void HandleProbing(const GroupPeerPtr& peer, Link& link, const Link& from,
+                     const LinkFrame& frame);
+  void Attend();  // to what time brings
+  void AttendLink(const GroupPeerPtr& peer, Link& link);
 
   std::vector<std::unique_ptr<Domain>> domains_;
-  std::vector<uint32_t> open_chunks_;                        // by Domain
-  std::vector<std::unordered_map<PeerId, uint32_t>> names_;  // by Domain
-  std::unordered_map<uint32_t, Peer> peers_;
-  std::vector<uint32_t> turn_;  // peers, in the order in which they take turns
+  int64_t (*const clock_ns_)();
+  int64_t now_ns_ = 0;
+  int64_t attend_ns_ = 0;
+  std::vector<DomainStats> stats_;                           // by Domain
+  std::vector<Queue> queues_;                                // by Domain
+  std::vector<std::unordered_map<PeerId, PeerLink>> names_;  // by Domain
+  std::unordered_map<uint32_t, GroupPeerPtr> peers_;
+  std::vector<GroupPeerPtr> turn_;  // in the order in which they take turns
   size_t turn_next_ = 0;
-  std::unordered_map<uint64_t, std::shared_ptr<Transfer>> open_;  // by cookie
+  uint64_t round_ = 0;
+  bool fences_ = false;  // some peer has links that are fenced
+  bool polled_ = false;  // Poll found something
+  std::unordered_map<TransferHandle, std::shared_ptr<Transfer>> transfers_;
+  TransferHandle next_handle_ = 1;
+  std::unordered_map<uint64_t, OpenPost> open_;  // by cookie
   uint64_t next_cookie_ = 1;
   uint64_t open_messages_ = 0;
+  std::vector<FenceRequest> fence_requests_;
+  std::vector<Event> news_;
+  // Callbacks run last: they may call this group.
+  std::deque<std::pair<Done, Status>> ended_;
 };
 
 }  // namespace jaxfabric

@@ -157,10 +157,9 @@ std::string Endpoint::DescribeMissing(MatchKey key) const {
   }
   const std::string unmatched = matches_.DescribeUnmatched();
   if (!unmatched.empty()) {
-    text += "; what came instead matches no call here: " + unmatched +
-            " (do all ranks run the same program, on the same shapes?)";
+    text += "; what came instead matches no call here: " + unmatched;
   }
-  return text;
+  return text + " (do all ranks run the same program, on the same shapes?)";
 }
 
 void Endpoint::Send(Outgoing outgoing) {
@@ -244,19 +243,32 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Outbox::Place place) {
   if (peer.lost) return;
   ++peer.stats.messages_sent;
   peer.stats.message_bytes_sent += outgoing.bytes;
-  ++writes_open_;
-  const Status posted = group_.SubmitWrite(
-      name, staging_region_, peer.address.heap, pieces, id.Encode(),
-      // Runs under mutex_, inside the group. A write that failed is followed by
-      // the loss of its peer, which is where it is reported.
-      [this, &peer, slot = place.slot](const Status&) {
-        --writes_open_;
-        peer.outbox.Written(slot);
-      });
+  const Status posted = Write(name, pieces, id, [&peer, slot = place.slot] {
+    peer.outbox.Written(slot);
+  });
   if (!posted.ok()) {
-    --writes_open_;
     outgoing.operation->Fail(posted.Annotate(outgoing.operation->label()));
   }
+}
+
+// Runs under mutex_, and so does `done`. What fails after the caller's
+// operation has ended can only end the generation: its receiver waits for it.
+Status Endpoint::Write(uint32_t name, const std::vector<Piece>& pieces,
+                       TransferId id, std::function<void()> done) {
+  ++writes_open_;
+  const auto posted = group_.SubmitWrite(
+      name, staging_region_, peers_.at(name)->address.heap, pieces, id.Encode(),
+      [this, name, done = std::move(done)](const Status& status) {
+        --writes_open_;
+        done();
+        if (status.ok()) return;
+        const Status failed = status.Annotate("a write to rank " +
+                                              std::to_string(name) + " failed");
+        failed_writes_.push_back({std::nullopt, /*told=*/false, failed});
+      });
+  if (posted.ok()) return OkStatus();
+  --writes_open_;
+  return posted.status();
 }
 
 void Endpoint::SendControl(uint32_t name, ControlMessage::Type type,
@@ -315,6 +327,9 @@ bool Endpoint::Progress() {
       for (auto& [name, peer] : peers_) SendWaiting(*peer, &tasks);
     }
     if (!puts_.empty()) PumpPuts();
+    // After the losses of peers, which say more.
+    for (Loss& failed : failed_writes_) losses.push_back(std::move(failed));
+    failed_writes_.clear();
   }
   PostAll(std::move(tasks));
   for (Loss& loss : losses) lost_(std::move(loss));
@@ -328,13 +343,23 @@ void Endpoint::CountLocally(uint32_t slot) {
   if (!counted.ok()) lost_({options_.rank, /*told=*/false, counted});
 }
 
-void Endpoint::Put(uint32_t name, uint64_t window_offset,
-                   const std::byte* source, uint64_t bytes, uint32_t slot,
+void Endpoint::CopyInto(std::byte* heap,
+                        const std::vector<WindowPart>& parts) const {
+  for (const WindowPart& part : parts) {
+    std::memcpy(heap + options_.heap.Windows() + part.window_offset,
+                part.source, part.bytes);
+  }
+}
+
+void Endpoint::Put(uint32_t name, std::vector<WindowPart> parts, uint32_t slot,
                    OperationPtr operation) {
-  const uint64_t at = options_.heap.Windows() + window_offset;
-  JF_CHECK(at + bytes <= options_.heap.TotalBytes());
+  uint64_t bytes = 0;
+  for (const WindowPart& part : parts) {
+    JF_CHECK(part.window_offset + part.bytes <= options_.heap.window_bytes);
+    bytes += part.bytes;
+  }
   if (name == options_.rank) {
-    std::memcpy(heap_.data() + at, source, bytes);
+    CopyInto(heap_.data(), parts);
     CountLocally(slot);
     return;
   }
@@ -351,45 +376,45 @@ void Endpoint::Put(uint32_t name, uint64_t window_offset,
     peer.stats.put_bytes += bytes;
     direct = peer.direct;
     if (direct == nullptr) {
-      puts_.push_back({name, at, source, bytes, slot, std::move(operation)});
+      puts_.push_back(
+          {name, std::move(parts), bytes, slot, std::move(operation)});
       PumpPuts();
       return;
     }
   }
-  std::memcpy(direct + at, source, bytes);
+  CopyInto(direct, parts);
   const TransferId id = {options_.rank, IdKind::kWindow, slot};
   std::lock_guard<std::mutex> lock(mutex_);
-  ++writes_open_;
-  const Status posted = group_.SubmitWrite(
-      name, staging_region_, peers_.at(name)->address.heap, {}, id.Encode(),
-      [this](const Status&) { --writes_open_; });
-  if (!posted.ok()) {
-    --writes_open_;
-    operation->Fail(posted.Annotate(operation->label()));
-  }
+  const Status posted = Write(name, {}, id, [] {});
+  if (!posted.ok()) operation->Fail(posted.Annotate(operation->label()));
 }
 
 // Puts go in order, as staging memory allows. Runs under mutex_.
 void Endpoint::PumpPuts() {
   while (!puts_.empty()) {
-    const auto offset = put_spans_.Allocate(puts_.front().bytes);
-    if (!offset) return;
+    const auto span = put_spans_.Allocate(puts_.front().bytes);
+    if (!span) return;
     const PendingPut put = std::move(puts_.front());
     puts_.pop_front();
-    const uint64_t local = options_.heap.Windows() + *offset;
-    std::memcpy(staging_.data() + local, put.source, put.bytes);
+    std::vector<Piece> pieces;
+    uint64_t local = options_.heap.Windows() + *span;
+    for (const WindowPart& part : put.parts) {
+      std::memcpy(staging_.data() + local, part.source, part.bytes);
+      const uint64_t remote = options_.heap.Windows() + part.window_offset;
+      Piece* const last = pieces.empty() ? nullptr : &pieces.back();
+      // Neighbours in both memories are one write.
+      if (last != nullptr && last->remote_offset + last->length == remote) {
+        last->length += part.bytes;
+      } else {
+        pieces.push_back({local, remote, part.bytes});
+      }
+      local += part.bytes;
+    }
     const TransferId id = {options_.rank, IdKind::kWindow, put.slot};
-    ++writes_open_;
-    const Status posted = group_.SubmitWrite(
-        put.peer, staging_region_, peers_.at(put.peer)->address.heap,
-        {{local, put.window_offset, put.bytes}}, id.Encode(),
-        [this, span = *offset](const Status&) {
-          --writes_open_;
-          put_spans_.Free(span);
-        });
+    const Status posted = Write(
+        put.peer, pieces, id, [this, span = *span] { put_spans_.Free(span); });
     if (!posted.ok()) {
-      --writes_open_;
-      put_spans_.Free(*offset);
+      put_spans_.Free(*span);
       put.operation->Fail(posted.Annotate(put.operation->label()));
     }
   }

@@ -43,6 +43,13 @@ struct PeerStats {
   uint64_t stale_dropped = 0;  // messages of another generation
 };
 
+// One contiguous part of a put.
+struct WindowPart {
+  const std::byte* source = nullptr;
+  uint64_t window_offset = 0;  // into all windows of the target
+  uint64_t bytes = 0;
+};
+
 struct EndpointOptions {
   uint32_t rank = 0;
   uint32_t generation = 0;
@@ -88,11 +95,11 @@ class Endpoint {
   void Release(const Arrival& arrival);
   std::string DescribeMissing(MatchKey key) const;
 
-  // Writes into `peer`'s window memory (an offset into all windows) and counts
-  // one transfer under `slot` there. `source` is read before this returns, or
-  // while `operation` lives.
-  void Put(uint32_t peer, uint64_t window_offset, const std::byte* source,
-           uint64_t bytes, uint32_t slot, OperationPtr operation);
+  // Writes `parts` into `peer`'s window memory and counts one transfer under
+  // `slot` there. Their sources are read before this returns, or while
+  // `operation` lives.
+  void Put(uint32_t peer, std::vector<WindowPart> parts, uint32_t slot,
+           OperationPtr operation);
 
   ImmCounterTable& window_counters() { return window_counters_; }
 
@@ -114,9 +121,8 @@ class Endpoint {
  private:
   struct PendingPut {
     uint32_t peer;
-    uint64_t window_offset;
-    const std::byte* source;
-    uint64_t bytes;
+    std::vector<WindowPart> parts;
+    uint64_t bytes;  // of all parts
     uint32_t slot;
     OperationPtr operation;
   };
@@ -141,6 +147,8 @@ class Endpoint {
   // Whether no message comes from `peer` any more.
   static bool Gone(const Peer& peer);
   Status OpenHeap();
+  Status Write(uint32_t peer, const std::vector<Piece>& pieces, TransferId id,
+               std::function<void()> done);
   void PackAndPost(const Outgoing& outgoing, Outbox::Place place);
   void SendControl(uint32_t peer, ControlMessage::Type type, uint64_t argument,
                    const std::string& text);
@@ -155,6 +163,7 @@ class Endpoint {
   Loss OnAbort(uint32_t name, const ControlMessage& message) const;
   void HandleEvents(std::vector<DomainGroup::Event>& events, Tasks* tasks,
                     std::vector<Loss>* losses);
+  void CopyInto(std::byte* heap, const std::vector<WindowPart>& parts) const;
   void PumpPuts();
   void CountLocally(uint32_t slot);
 
@@ -175,6 +184,7 @@ class Endpoint {
   SpanAllocator put_spans_;
   std::deque<PendingPut> puts_;
   uint64_t writes_open_ = 0;
+  std::vector<Loss> failed_writes_;  // to be reported without locks held
 };
 
 }  // namespace jaxfabric

@@ -113,6 +113,12 @@ void Endpoint::HandleEvents(std::vector<DomainGroup::Event>& events,
                             Tasks* tasks, std::vector<Loss>* losses) {
   using Kind = DomainGroup::Event::Kind;
   for (DomainGroup::Event& event : events) {
+    if (event.kind == Kind::kStranger) continue;
+    if (event.kind == Kind::kImmediate && event.peer == kUnknownPeer) {
+      // Where the NIC does not say whose it is, the id does.
+      const Immediate immediate = Immediate::Decode(event.immediate);
+      event.peer = TransferId::Decode(immediate.id).source;
+    }
     const auto found = peers_.find(event.peer);
     if (found == peers_.end()) continue;
     Peer& peer = *found->second;

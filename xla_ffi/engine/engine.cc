@@ -10,6 +10,9 @@ namespace {
 
 // The worker looks at deadlines at least this often.
 constexpr int64_t kSleepMaxNs = 50'000'000;
+// So often a device that cannot ring is looked at while nothing is under way
+// here: peers may wait for its answers.
+constexpr int64_t kIdlePollNs = 1'000'000;
 // What is under way when an Engine closes has failed by then and only finishes
 // copies; should one be stuck in the user's program, closing goes on.
 constexpr double kCloseWaitS = 10;
@@ -31,9 +34,13 @@ StatusOr<std::unique_ptr<Engine>> Engine::Open(
 }
 
 Status Engine::OpenEndpoints() {
+  size_t domain_count = options_.domains_per_rank;
+  if (domain_count == 0) {
+    domain_count = std::min(transport_->nic_count(), DomainGroup::kDomainsMax);
+  }
   for (uint32_t rank : options_.local_ranks) {
     std::vector<std::unique_ptr<Domain>> domains;
-    for (uint32_t i = 0; i < options_.domains_per_rank; ++i) {
+    for (size_t i = 0; i < domain_count; ++i) {
       JF_ASSIGN_OR_RETURN(auto domain, transport_->OpenDomain());
       domains.push_back(std::move(domain));
     }
@@ -233,6 +240,13 @@ size_t Engine::operations_under_way() const {
   return operations_.size();
 }
 
+// A device that cannot ring is looked at more often while it may have news.
+int64_t Engine::SleepNs() const {
+  const int64_t poll_ns = transport_->poll_interval_ns();
+  if (poll_ns == 0) return kSleepMaxNs;
+  return operations_under_way() > 0 || !Drained() ? poll_ns : kIdlePollNs;
+}
+
 void Engine::Work() {
   pthread_setname_np(pthread_self(), "jaxfabric-work");
   Doorbell& doorbell = transport_->doorbell();
@@ -252,7 +266,7 @@ void Engine::Work() {
     } else if (now_ns - last_moved_ns < options_.spin_ns) {
       CpuRelax();
     } else {
-      doorbell.Wait(seen, Deadline::AfterNanoseconds(kSleepMaxNs));
+      doorbell.Wait(seen, Deadline::AfterNanoseconds(SleepNs()));
     }
   }
 }

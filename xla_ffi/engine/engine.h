@@ -28,7 +28,8 @@ struct EngineOptions {
   uint32_t ranks = 0;
   std::vector<uint32_t> local_ranks;
   uint32_t generation = 0;
-  uint32_t domains_per_rank = 1;
+  // 0: one on each NIC of the transport, up to DomainGroup::kDomainsMax.
+  uint32_t domains_per_rank = 0;
   uint64_t mailbox_bytes = 0;
   uint64_t window_bytes = 0;
   double timeout_s = 30;
@@ -81,6 +82,7 @@ class Engine {
   void Work();
   void EndFailedAndExpired();
   bool Drained() const;
+  int64_t SleepNs() const;
   void OnLost(Endpoint::Loss loss);
   std::vector<OperationPtr> LiveOperations() const;
 

@@ -19,6 +19,8 @@ class FakeDomain final : public Domain {
     caps_.write_bytes_max = options->write_bytes_max;
     caps_.message_bytes_max = kMessageBytesMax;
     caps_.queue_depth = options->queue_depth;
+    caps_.immediate_names_peer = options->immediate_names_peer;
+    caps_.removal_fences = options->removal_fences;
     port_.options = options;
     port_.doorbell = doorbell;
     network_->Enter(&port_);
@@ -91,8 +93,7 @@ class FakeDomain final : public Domain {
 class FakeTransport final : public Transport {
  public:
   explicit FakeTransport(FakeOptions options)
-      : options_(std::move(options)),
-        network_(FakeNetwork::Join(options_.network, options_.seed)) {}
+      : options_(std::move(options)), network_(FakeNetwork::Join(options_)) {}
 
   StatusOr<std::unique_ptr<Domain>> OpenDomain() override {
     return std::unique_ptr<Domain>(

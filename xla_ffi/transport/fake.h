@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "base/deadline.h"
 #include "base/status.h"
 #include "transport/transport.h"
 
@@ -28,6 +29,11 @@ struct FakeOptions {
   double again_share = 0;
   uint32_t queue_depth = 256;
   uint64_t write_bytes_max = uint64_t{1} << 30;
+  bool immediate_names_peer = true;
+  bool removal_fences = false;
+  // The clock of the network; with one of its own a test says when things
+  // happen (NextFakeEventNs). Whoever comes first chooses it.
+  int64_t (*clock_ns)() = MonotonicNanoseconds;
 };
 
 StatusOr<std::unique_ptr<Transport>> OpenFakeTransport(FakeOptions options);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 namespace jaxfabric {
@@ -24,14 +25,13 @@ Registry& TheRegistry() {
 
 }  // namespace
 
-std::shared_ptr<FakeNetwork> FakeNetwork::Join(const std::string& name,
-                                               uint64_t seed) {
+std::shared_ptr<FakeNetwork> FakeNetwork::Join(const FakeOptions& options) {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
-  std::weak_ptr<FakeNetwork>& entry = registry.networks[name];
+  std::weak_ptr<FakeNetwork>& entry = registry.networks[options.network];
   std::shared_ptr<FakeNetwork> network = entry.lock();
   if (network == nullptr) {
-    network = std::make_shared<FakeNetwork>(registry.next_id++, seed);
+    network = std::make_shared<FakeNetwork>(registry.next_id++, options);
     entry = network;
   }
   return network;
@@ -44,8 +44,13 @@ std::shared_ptr<FakeNetwork> FakeNetwork::Find(const std::string& name) {
   return found == registry.networks.end() ? nullptr : found->second.lock();
 }
 
-FakeNetwork::FakeNetwork(uint64_t id, uint64_t seed)
-    : id_(id), random_(seed), timer_([this] { RunTimer(); }) {}
+FakeNetwork::FakeNetwork(uint64_t id, const FakeOptions& options)
+    : id_(id), clock_ns_(options.clock_ns), random_(options.seed) {
+  // Who has a clock of his own polls by it.
+  if (clock_ns_ == MonotonicNanoseconds) {
+    timer_ = std::thread([this] { RunTimer(); });
+  }
+}
 
 FakeNetwork::~FakeNetwork() {
   {
@@ -53,7 +58,7 @@ FakeNetwork::~FakeNetwork() {
     stopping_ = true;
   }
   timer_wakes_.notify_all();
-  timer_.join();
+  if (timer_.joinable()) timer_.join();
 }
 
 void FakeNetwork::Enter(FakePort* port) {
@@ -142,6 +147,9 @@ StatusOr<PeerId> FakeNetwork::AddPeer(FakePort& port, const NetAddr& net_addr) {
     JF_RETURN_IF_ERROR(peer.lost);
     return id;
   }
+  if (LinkLocked(port.id, address.port) == LinkState::kCut) {
+    return Status(StatusCode::kUnavailable, "the link is cut (CutFakeLink)");
+  }
   const FakePort* const target = FindLocked(address.port);
   if (target == nullptr) {
     return Status(StatusCode::kNotFound,
@@ -159,6 +167,7 @@ StatusOr<PeerId> FakeNetwork::AddPeer(FakePort& port, const NetAddr& net_addr) {
 void FakeNetwork::RemovePeer(FakePort& port, PeerId id) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (id >= port.peers.size() || port.peers[id].removed) return;
+  if (port.options->removal_fences) FenceLocked(port, port.peers[id].port);
   port.peers[id].removed = true;
   for (auto& [due_ns, event] : events_) {
     // What is answered has arrived, as far as this Domain was told.
@@ -203,7 +212,12 @@ StatusOr<Posted> FakeNetwork::Post(FakePort& port,
   post->to = peer.port;
   post->open = peer.open;
   ++*post->open;
-  CutLocked(post, port.options->pieces_max);
+  if (LinkLocked(post->from, post->to) == LinkState::kCut) {
+    FailLocked(*post, Status(StatusCode::kUnavailable,
+                             "the link is cut (CutFakeLink)"));
+  } else {
+    CutLocked(post, port.options->pieces_max);
+  }
   return Posted::kPosted;
 }
 
@@ -233,13 +247,28 @@ void FakeNetwork::FinishLocked(const std::shared_ptr<FakePost>& post) {
 }
 
 void FakeNetwork::ScheduleLocked(Event event) {
-  const FakePort* const from = FindLocked(event.post->from);
+  FakePort* const from = FindLocked(event.post->from);
   const int64_t delay_max_ns =
       from == nullptr ? 0 : std::max<int64_t>(0, from->options->delay_max_ns);
   const auto delay_ns = static_cast<int64_t>(
       random_() % (static_cast<uint64_t>(delay_max_ns) + 1));
-  events_.emplace(MonotonicNanoseconds() + delay_ns, std::move(event));
-  if (delay_ns == 0) {
+  int64_t leaves_ns = NowNs();
+  if (from != nullptr && from->bytes_per_s > 0 &&
+      event.kind == Event::Kind::kPiece) {
+    const double takes_s =
+        static_cast<double>(event.length) / from->bytes_per_s;
+    from->free_ns = std::max(from->free_ns, leaves_ns) +
+                    static_cast<int64_t>(takes_s * 1e9);
+    leaves_ns = from->free_ns;
+  }
+  const int64_t due_ns = leaves_ns + delay_ns;
+  if (LinkLocked(event.post->from, event.post->to) == LinkState::kStalled) {
+    events_.emplace(std::numeric_limits<int64_t>::max(), std::move(event));
+    return;
+  }
+  const bool now = due_ns <= NowNs();
+  events_.emplace(due_ns, std::move(event));
+  if (now) {
     RingLocked();
   } else {
     timer_wakes_.notify_one();
@@ -251,25 +280,23 @@ size_t FakeNetwork::Poll(FakePort& port, std::span<Completion> completions) {
   DeliverDueLocked();
   size_t count = 0;
   for (; count < completions.size() && !port.inbox.empty(); ++count) {
-    FakePort::Arrival& arrival = port.inbox.front();
-    Completion& out = completions[count];
-    out = std::move(arrival.completion);
-    if (arrival.notice_of != nullptr) {
-      for (PeerId id = 0; id < port.peers.size(); ++id) {
-        if (port.peers[id].port == arrival.notice_of->from &&
-            !port.peers[id].removed) {
-          out.peer = id;
-        }
-      }
-    }
+    completions[count] = std::move(port.inbox.front().completion);
     port.inbox.pop_front();
   }
   return count;
 }
 
+std::optional<int64_t> FakeNetwork::NextEventNs() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (events_.empty()) return std::nullopt;
+  const int64_t due_ns = events_.begin()->first;
+  if (due_ns == std::numeric_limits<int64_t>::max()) return std::nullopt;
+  return due_ns;
+}
+
 void FakeNetwork::DeliverDueLocked() {
   for (;;) {
-    const auto end = events_.upper_bound(MonotonicNanoseconds());
+    const auto end = events_.upper_bound(NowNs());
     if (end == events_.begin()) return;
     std::vector<Event> due;
     for (auto entry = events_.begin(); entry != end; ++entry) {
@@ -294,7 +321,7 @@ void FakeNetwork::DeliverLocked(const Event& event) {
       DeliverPieceLocked(event);
       return;
     case Event::Kind::kAnswer:
-      post.answered = true;
+      if (std::exchange(post.answered, true)) return;
       answer.kind = post.message.has_value() ? Completion::Kind::kSendDone
                                              : Completion::Kind::kWriteDone;
       answer.peer = post.peer;
@@ -308,22 +335,30 @@ void FakeNetwork::DeliverLocked(const Event& event) {
 }
 
 void FakeNetwork::DeliverNoticeLocked(const std::shared_ptr<FakePost>& post) {
+  FakePort* const to = FindLocked(post->to);
+  post->noticed = true;
   Completion notice;
+  for (PeerId id = 0; id < to->peers.size(); ++id) {
+    if (to->peers[id].port == post->from && !to->peers[id].removed) {
+      notice.peer = id;
+    }
+  }
   if (post->message.has_value()) {
     notice.kind = Completion::Kind::kMessage;
     notice.message = *post->message;
   } else {
     notice.kind = Completion::Kind::kImmediate;
     notice.immediate = *post->immediate;
+    if (!to->options->immediate_names_peer) notice.peer = kUnknownPeer;
   }
-  PushLocked(*FindLocked(post->to), std::move(notice), post);
+  PushLocked(*to, std::move(notice), post);
 }
 
 void FakeNetwork::DeliverPieceLocked(const Event& event) {
   FakePost& post = *event.post;
   const RegionTable& sources = FindLocked(post.from)->regions;
   if (const Status source = sources.CheckSource(post.local, post.length);
-      !source.ok()) {
+      !post.late && !source.ok()) {
     FailLocked(post, source.Annotate("unregistered while in use"));
     return;
   }
@@ -345,9 +380,17 @@ void FakeNetwork::DeliverPieceLocked(const Event& event) {
                    std::to_string(region->length) + " bytes"));
     return;
   }
+  StorePieceLocked(event);
+  if (--post.pieces_left == 0) FinishLocked(event.post);
+}
+
+void FakeNetwork::StorePieceLocked(const Event& event) {
+  const FakePost& post = *event.post;
+  const MemoryRegion* const region =
+      FindLocked(post.to)->regions.Find(post.remote.key);
+  if (region == nullptr) return;
   std::memcpy(region->base + post.remote.offset + event.offset,
               post.local.data + event.offset, event.length);
-  if (--post.pieces_left == 0) FinishLocked(event.post);
 }
 
 void FakeNetwork::PushLocked(FakePort& port, Completion completion,
@@ -360,6 +403,11 @@ void FakeNetwork::PushLocked(FakePort& port, Completion completion,
 void FakeNetwork::FailLocked(FakePost& post, const Status& why) {
   if (post.failed) return;
   post.failed = true;
+  AnswerLocked(post, why);
+}
+
+// Gives the cookie of `post` back with kError, if it has not come back.
+void FakeNetwork::AnswerLocked(FakePost& post, const Status& why) {
   const auto from = ports_.find(post.from);
   if (post.answered || from == ports_.end()) return;
   post.answered = true;
@@ -376,7 +424,8 @@ void FakeNetwork::LosePortLocked(uint64_t port, const Status& why) {
     FakePost& post = *event.post;
     if (post.from != port && post.to != port) continue;
     // Its poster was told that it has arrived.
-    if (post.answered && !post.failed && FindLocked(post.to) != nullptr) {
+    if (post.answered && !post.failed && !post.late && !post.noticed &&
+        FindLocked(post.to) != nullptr) {
       DeliverNoticeLocked(event.post);
     }
     FailLocked(post, why);
@@ -384,17 +433,7 @@ void FakeNetwork::LosePortLocked(uint64_t port, const Status& why) {
   std::erase_if(events_,
                 [](const auto& entry) { return entry.second.post->failed; });
   for (auto& [id, other] : ports_) {
-    if (id == port) continue;
-    for (PeerId peer = 0; peer < other->peers.size(); ++peer) {
-      FakePort::Peer& known = other->peers[peer];
-      if (known.port != port || known.removed || !known.lost.ok()) continue;
-      known.lost = why;
-      Completion completion;
-      completion.kind = Completion::Kind::kPeerLost;
-      completion.peer = peer;
-      completion.status = why;
-      PushLocked(*other, std::move(completion), nullptr);
-    }
+    if (id != port) ReportLostLocked(id, port, why.message());
   }
 }
 
@@ -412,7 +451,11 @@ void FakeNetwork::RunTimer() {
       timer_wakes_.wait(lock);
       continue;
     }
-    const int64_t now_ns = MonotonicNanoseconds();
+    const int64_t now_ns = NowNs();
+    if (next->first == std::numeric_limits<int64_t>::max()) {
+      timer_wakes_.wait(lock);
+      continue;
+    }
     if (next->first > now_ns) {
       timer_wakes_.wait_until(lock, std::chrono::steady_clock::time_point(
                                         std::chrono::nanoseconds(next->first)));

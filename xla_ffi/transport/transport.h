@@ -75,6 +75,17 @@ struct DomainCaps {
   bool target_must_know_initiator = false;
   // Each immediate consumes a posted receive (EFA).
   bool immediate_consumes_receive = false;
+  // A kImmediate names its peer. Where it does not, as on a NIC, what the
+  // immediate says must be enough to tell its source.
+  bool immediate_names_peer = true;
+  // Bytes arrive only while the target polls, too.
+  bool target_must_poll = false;
+  // The device has no remote writes of its own; software there does them.
+  bool emulated_writes = false;
+  // Once RemovePeer has returned, nothing that the peer has posted lands here
+  // any more, and what it posts fails until it has added this Domain anew; what
+  // landed before is still polled, under its PeerId.
+  bool removal_fences = false;
   // DirectPointer works: peers' memory can be stored to by the processor.
   bool direct_store = false;
 };
@@ -84,7 +95,8 @@ enum class Posted { kPosted, kAgain };
 
 // Each posted cookie comes back exactly once: in kWriteDone, kSendDone or
 // kError. `peer` of what arrives is kUnknownPeer where this Domain has not
-// added the sender. kPeerLost is the last completion that names its peer.
+// added the sender, and in kImmediate where caps().immediate_names_peer is
+// false. kPeerLost is the last completion that names its peer.
 struct Completion {
   enum class Kind {
     kWriteDone,  // `cookie`: the source bytes may be reused
@@ -116,10 +128,11 @@ class Domain {
 
   // Connects to the Domain that `address` names; the same address gives the
   // same PeerId. Fails with a sentence on a malformed, stale or foreign
-  // address.
+  // address; one that is merely stale may instead be found lost soon after.
   virtual StatusOr<PeerId> AddPeer(const NetAddr& address,
                                    Deadline deadline) = 0;
-  // Forgets a peer. Posts to it that are not complete end with kError.
+  // Forgets a peer. Posts to it that are not complete end, with kError where
+  // the transport can still stop them.
   virtual void RemovePeer(PeerId peer) = 0;
 
   // Writes `length` bytes (0 is allowed) from `local` to `remote`; if
@@ -151,10 +164,15 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
+  // On each NIC in turn: nic_count() calls give one rank all of them.
   virtual StatusOr<std::unique_ptr<Domain>> OpenDomain() = 0;
+  virtual size_t nic_count() const { return 1; }
 
   // Rings whenever Poll of one of this transport's Domains may have news.
   virtual Doorbell& doorbell() = 0;
+  // Above 0 where the device cannot ring: how long its owner may sleep without
+  // polling while something is under way.
+  virtual int64_t poll_interval_ns() const { return 0; }
 };
 
 }  // namespace jaxfabric
