@@ -4,6 +4,9 @@
 variable                     default        meaning
 ============================ ============== ===========================================
 JAXFABRIC_TRANSPORT          (best)         transport of every Fabric that names none
+JAXFABRIC_NICS               (see Fabric)   interfaces of the ofi transports, by name or
+                                            IP address: "eth0,eth1"
+JAXFABRIC_LIBFABRIC          (best)         the libfabric.so.1 of the ofi transports
 JAXFABRIC_TIMEOUT_S          30             time limit of operations, seconds
 JAXFABRIC_MAILBOX_BYTES      268435456      largest message between two ranks, bytes;
                                             costs memory only as far as it is used
@@ -28,6 +31,8 @@ class Settings:
     """The values in force; see the table of this module."""
 
     transport: str | None = None
+    nics: str | None = None
+    libfabric: str | None = None
     timeout_s: float = 30.0
     mailbox_bytes: int = 256 << 20
     window_bytes: int = 1 << 30
@@ -44,8 +49,17 @@ def _from_environment() -> Settings:
     return settings
 
 
+_KINDS: dict[str, type] = {
+    "transport": str,
+    "nics": str,
+    "libfabric": str,
+    "timeout_s": float,
+    "spin_s": float,
+}
+
+
 def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings:
-    kind = {"transport": str, "timeout_s": float, "spin_s": float}.get(name, int)
+    kind = _KINDS.get(name, int)
     try:
         converted = None if value is None else kind(value)
     except (TypeError, ValueError):

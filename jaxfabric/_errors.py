@@ -41,8 +41,13 @@ class TransportUnavailableError(FabricError):
     """The transport asked for cannot be used here; the message says why."""
 
 
+class OutcomeUnknownError(FabricError):
+    """It cannot be known whether an operation took effect; it may have."""
+
+
 # Status codes of the native layers (absl's numbers) that have a kind of their own.
 _KINDS: dict[int, type[FabricError]] = {
+    2: OutcomeUnknownError,
     4: DeadlineError,
     8: CapacityError,
     9: FabricError,

@@ -21,6 +21,8 @@ from jaxfabric._errors import (
     from_native,
     from_status,
 )
+from jaxfabric._interfaces import choose_interfaces, network_host
+from jaxfabric._libfabric import libfabric_path
 from jaxfabric._mesh import (
     choose_transport,
     concrete_mesh,
@@ -43,8 +45,11 @@ class Fabric:
 
     Args:
       mesh: a `jax.sharding.Mesh`; ``None`` takes the one of `jax.set_mesh`.
-      transport: ``"shm"`` (processes of one host); ``"fake"`` (one process, seeded
-        chaos, for tests); ``None`` is the best that works.
+      transport: ``"shm"`` (processes of one host); ``"ofi/tcp"``, ``"ofi/efa"`` and
+        ``"ofi/efa-direct"`` (NICs, by way of libfabric); ``"fake"`` (one process,
+        seeded chaos, for tests); ``None`` is ``"shm"``. A rank uses all EFA devices,
+        and for TCP one interface: loopback if all processes run on one host, else
+        the one that leads to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       name: tells Fabrics over one mesh apart.
       mailbox_bytes: largest message between two ranks, in bytes.
@@ -91,6 +96,7 @@ class Fabric:
             transport or settings.transport, self._processes
         )
         self._windows: list[Window] = []
+        self._hosts: list[str] = []  # of the processes
         _warn_if_pool_is_narrow(self._devices)
         generation = _current.next_generation(self.key, self.name)
         self._rendezvous = Rendezvous(
@@ -138,6 +144,8 @@ class Fabric:
             spin_s=spin_s,
             chaos=chaos,
             network=f"{self.key:x}/{generation}",
+            libfabric=libfabric_path(),
+            nics=choose_interfaces(self.transport, self._hosts),
         )
         mine = {rank: self._native.address(rank).hex() for _, rank in local}
         for payload in self._rendezvous.all_gather(json.dumps(mine).encode()):
@@ -158,7 +166,11 @@ class Fabric:
             "window_bytes": sizes[1],
             "chaos": chaos,
         }
-        payload = {"asked": asked, "secret": secrets.token_hex(32)}
+        payload = {
+            "asked": asked,
+            "secret": secrets.token_hex(32),
+            "host": network_host(),
+        }
         answers = [
             json.loads(answer)
             for answer in self._rendezvous.all_gather(json.dumps(payload).encode())
@@ -171,6 +183,7 @@ class Fabric:
                         f"{jax.process_index()} but {answer['asked'][what]!r} on "
                         f"process {process}; give all processes the same"
                     )
+        self._hosts = [answer["host"] for answer in answers]
         return bytes.fromhex(answers[0]["secret"])
 
     def _abandon(self) -> None:

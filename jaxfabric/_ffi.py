@@ -14,6 +14,8 @@ from types import ModuleType
 
 import jax
 
+from jaxfabric._libfabric import libfabric_path
+
 _OLDEST_JAXLIB = "0.9.1"
 
 
@@ -28,12 +30,12 @@ def native() -> ModuleType:
             "(pip install -e .) and start Python with -P, or run `pytest` instead of "
             f"`python -m pytest`: the source tree has no compiled module ({error})"
         ) from error
-    _check_versions(_native.ffi_api_version(), _runtime_ffi_api())
+    _check_versions(_native.ffi_api_version(), runtime_ffi_api())
     return _native
 
 
-def _runtime_ffi_api() -> tuple[int, int] | None:
-    """FFI API of the running jaxlib, from the header that it ships."""
+def runtime_ffi_api() -> tuple[int, int] | None:
+    """FFI API of the running jaxlib, as its header says, if it ships one."""
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or spec.origin is None:
         return None
@@ -64,6 +66,15 @@ def _jaxlib_version() -> str:
     import jaxlib
 
     return str(jaxlib.__version__)
+
+
+def transport_states() -> list[tuple[str, str, str, str]]:
+    """Each transport's name, state, reason and fix, in words.
+
+    States are ``"usable"``, ``"not built"``, ``"library missing"`` and
+    ``"no device"``.
+    """
+    return list(native().transport_states(libfabric_path()))
 
 
 @functools.cache

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxfabric import _ffi
 from jaxfabric._errors import TransportUnavailableError
 
-TRANSPORTS = ("shm", "fake")
+OFI_TRANSPORTS = ("ofi/efa-direct", "ofi/efa", "ofi/tcp", "ofi/shm")
+TRANSPORTS = ("shm", *OFI_TRANSPORTS, "fake")
 
 
 def concrete_mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh:
@@ -47,15 +49,26 @@ def device_ordinal(device: jax.Device) -> int:
     return device.id
 
 
+def require_usable(transport: str) -> None:
+    """Raises TransportUnavailableError, with reason and fix, if it cannot be used."""
+    for name, state, reason, fix in _ffi.transport_states():
+        if name == transport and state != "usable":
+            raise TransportUnavailableError(
+                f"jf.Fabric: transport={transport!r} ({state}): {reason}; {fix}"
+            )
+
+
 def choose_transport(asked: str | None, processes: Sequence[int]) -> str:
     """The transport asked for, or the best one; raises if it cannot serve."""
     if asked is None:
         return "shm"
     if asked not in TRANSPORTS:
         raise TransportUnavailableError(
-            f"jf.Fabric: transport={asked!r} is not built; there are "
+            f"jf.Fabric: there is no transport={asked!r}; there are "
             f"{', '.join(TRANSPORTS)}"
         )
+    if asked in OFI_TRANSPORTS:
+        require_usable(asked)
     if asked == "fake" and len(processes) > 1:
         raise TransportUnavailableError(
             "jf.Fabric: transport='fake' joins ranks of one process, and this mesh "

@@ -1,6 +1,6 @@
 """The extension module, xla_ffi/python."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 class StatusError(RuntimeError):
@@ -14,6 +14,9 @@ def targets() -> dict[str, Any]:
 
 def pool_threads() -> int:
     """Threads that complete calls at the moment."""
+
+def transport_states(libfabric: str) -> list[tuple[str, str, str, str]]:
+    """Name, state, reason and fix of each transport."""
 
 class NativeFabric:
     """The local ranks of one Fabric."""
@@ -32,6 +35,8 @@ class NativeFabric:
         spin_s: float,
         chaos: Mapping[str, float],
         network: str,
+        libfabric: str = "",
+        nics: Sequence[str] = (),
     ) -> None: ...
     def address(self, rank: int) -> bytes: ...
     def connect(self, rank: int, address: bytes, timeout_s: float) -> None: ...
@@ -41,4 +46,123 @@ class NativeFabric:
     def drain(self, timeout_s: float) -> None: ...
     def stats(self) -> dict[int, dict[int, dict[str, int]]]: ...
     def operations_under_way(self) -> int: ...
+    def close(self) -> None: ...
+
+def parse_engine_address(address: bytes) -> tuple[str, str, str]:
+    """Id, job and name of a TransferEngine's address."""
+
+class NativeTransferFuture:
+    """One operation of a TransferEngine."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def peer(self) -> int | None: ...
+    def done(self) -> bool: ...
+    def wait(self, timeout_s: float) -> tuple[int, str] | None: ...
+    def on_done(self, callback: Callable[[], object]) -> None: ...
+
+class NativeMrDesc:
+    """A region, as its engine describes it to peers."""
+
+    @staticmethod
+    def from_bytes(data: bytes) -> NativeMrDesc: ...
+    def to_bytes(self) -> bytes: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def owner(self) -> str: ...
+
+class NativeWatcher:
+    """A word that an engine watches."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def value(self) -> int: ...
+    def bump(self, by: int) -> None: ...
+
+class NativeTransferEngine:
+    """A TransferEngine; regions, peers and groups are numbers here."""
+
+    def __init__(
+        self,
+        transport: str,
+        secret: bytes,
+        chaos: Mapping[str, float],
+        job: str,
+        token: bytes,
+        name: str,
+        nics: int,
+        timeout_s: float,
+        spin_s: float,
+        heartbeat_s: float,
+        peer_timeout_s: float,
+        libfabric: str,
+        interfaces: Sequence[str],
+    ) -> None: ...
+    def address(self) -> bytes: ...
+    def transport(self) -> str: ...
+    def connect(
+        self, address: bytes, timeout_s: float | None
+    ) -> NativeTransferFuture: ...
+    def disconnect(self, peer: int) -> None: ...
+    def add_peer_group(self, peers: Sequence[int]) -> int: ...
+    def remove_peer_group(self, group: int) -> None: ...
+    def register_memory(self, address: int, nbytes: int) -> int: ...
+    def allocate_memory(self, nbytes: int) -> tuple[int, Any]: ...
+    def unregister_memory(
+        self, region: int, timeout_s: float | None
+    ) -> NativeTransferFuture: ...
+    def describe(self, region: int) -> NativeMrDesc: ...
+    def submit_send(
+        self, peer: int, message: bytes, timeout_s: float | None
+    ) -> NativeTransferFuture: ...
+    def submit_recvs(self, callback: Callable[[int, bytes], object] | None) -> None: ...
+    def receive(self, timeout_s: float) -> tuple[int, bytes] | None: ...
+    def submit_single_write(
+        self,
+        source: int,
+        source_offset: int,
+        target: NativeMrDesc,
+        target_offset: int,
+        nbytes: int,
+        id: int | None,
+        timeout_s: float | None,
+    ) -> NativeTransferFuture: ...
+    def submit_paged_writes(
+        self,
+        source: int,
+        source_pages: Any,
+        source_stride: int,
+        source_offset: int,
+        target: NativeMrDesc,
+        target_pages: Any,
+        target_stride: int,
+        target_offset: int,
+        page_bytes: int,
+        id: int | None,
+        timeout_s: float | None,
+    ) -> NativeTransferFuture: ...
+    def submit_scatter(
+        self,
+        source: int,
+        targets: Sequence[tuple[NativeMrDesc, int, int, int]],
+        id: int | None,
+        timeout_s: float | None,
+    ) -> NativeTransferFuture: ...
+    def submit_barrier(
+        self, group: int, id: int, timeout_s: float | None
+    ) -> NativeTransferFuture: ...
+    def expect_imm_count(
+        self, id: int, count: int, peers: Sequence[int], timeout_s: float | None
+    ) -> NativeTransferFuture: ...
+    def imm_count(self, id: int) -> int: ...
+    def alloc_watcher(
+        self, callback: Callable[[int, int], object]
+    ) -> NativeWatcher: ...
+    def free_watcher(self, watcher: NativeWatcher) -> None: ...
+    def cancel(self, future: NativeTransferFuture) -> bool: ...
+    def drain(self, timeout_s: float) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...

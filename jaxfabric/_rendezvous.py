@@ -98,10 +98,19 @@ class Rendezvous:
                 self._client.key_value_delete(f"{self._name}/{done}/{self._process}")
 
 
-def _key_value_client() -> Any:
+def coordinator_address() -> str | None:
+    """``host:port`` of JAX's coordinator; ``None`` where JAX does not say."""
+    return getattr(_distributed_state(), "coordinator_address", None)
+
+
+def _distributed_state() -> Any:
     try:
         from jax._src import distributed
     except ImportError:
         return None
-    client = getattr(getattr(distributed, "global_state", None), "client", None)
+    return getattr(distributed, "global_state", None)
+
+
+def _key_value_client() -> Any:
+    client = getattr(_distributed_state(), "client", None)
     return client if hasattr(client, "blocking_key_value_get_bytes") else None

@@ -36,6 +36,8 @@ struct TransportFactory {
   // A well-formed address that no process of this host ever published, as from
   // another network or host. Null: the transport has no such thing.
   std::function<NetAddr(const NetAddr&)> make_foreign;
+  // An address whose Domain has ended is not refused but lost soon after.
+  bool finds_stale_later = false;
 };
 
 // Naming a test by it also makes the linker take the tests from their archive.

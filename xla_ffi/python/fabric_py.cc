@@ -8,7 +8,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
-#include <exception>
 #include <map>
 #include <memory>
 #include <optional>
@@ -21,54 +20,13 @@
 #include "base/elastic_pool.h"
 #include "engine/engine.h"
 #include "handlers/fabric_registry.h"
-#include "transport/fake.h"
-#include "transport/shm.h"
+#include "python/open_transport.h"
+#include "python/status_error.h"
 
 namespace nb = nanobind;
 
 namespace jaxfabric {
 namespace {
-
-// Becomes _native.StatusError; jaxfabric/_errors.py turns it into the
-// documented exceptions by the code in front of the text.
-class StatusError : public std::exception {
- public:
-  explicit StatusError(const Status& status)
-      : text_(std::to_string(static_cast<int>(status.code())) + " " +
-              status.message()) {}
-  const char* what() const noexcept override { return text_.c_str(); }
-
- private:
-  std::string text_;
-};
-
-void Check(const Status& status) {
-  if (!status.ok()) throw StatusError(status);
-}
-
-template <typename T>
-T Value(StatusOr<T> result) {
-  Check(result.status());
-  return *std::move(result);
-}
-
-StatusOr<std::unique_ptr<Transport>> OpenTransport(
-    const std::string& kind, const std::string& secret,
-    const std::map<std::string, double>& chaos, const std::string& network) {
-  if (kind == "shm") return OpenShmTransport({.job_secret = secret});
-  FakeOptions fake;
-  fake.network = network;
-  fake.job_secret = secret;
-  const auto number = [&](const char* name, double otherwise) {
-    const auto found = chaos.find(name);
-    return found == chaos.end() ? otherwise : found->second;
-  };
-  fake.seed = static_cast<uint64_t>(number("seed", 0));
-  fake.pieces_max = static_cast<uint32_t>(number("pieces_max", 4));
-  fake.delay_max_ns = static_cast<int64_t>(number("delay_max_s", 0) * 1e9);
-  fake.again_share = number("again_share", 0);
-  return OpenFakeTransport(fake);
-}
 
 class NativeFabric {
  public:
@@ -78,7 +36,8 @@ class NativeFabric {
                const nb::bytes& secret, double timeout_s,
                uint64_t mailbox_bytes, uint64_t window_bytes, double spin_s,
                const std::map<std::string, double>& chaos,
-               const std::string& network)
+               const std::string& network, const std::string& libfabric,
+               const std::vector<std::string>& nics)
       : fabric_(std::make_shared<Fabric>()) {
     EngineOptions options;
     options.name = name;
@@ -101,7 +60,8 @@ class NativeFabric {
     nb::gil_scoped_release release;
     fabric_->engine = Value(Engine::Open(
         std::move(options),
-        Value(OpenTransport(transport, secret_bytes, chaos, network))));
+        Value(OpenTransport(transport, secret_bytes, chaos, network, libfabric,
+                            nics))));
   }
 
   ~NativeFabric() { Close(); }
@@ -208,17 +168,21 @@ class NativeFabric {
 void RegisterFabric(nb::module_& m) {
   const nb::exception<StatusError> status_error(m, "StatusError");
   m.def("pool_threads", [] { return ElasticPool::Get().ThreadCount(); });
+  m.def("transport_states", &TransportStates, nb::arg("libfabric"),
+        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<NativeFabric>(m, "NativeFabric")
       .def(nb::init<const std::string&, std::vector<int64_t>,
                     const std::vector<std::pair<int64_t, uint32_t>>&, uint32_t,
                     const std::string&, const nb::bytes&, double, uint64_t,
                     uint64_t, double, const std::map<std::string, double>&,
-                    const std::string&>(),
+                    const std::string&, const std::string&,
+                    const std::vector<std::string>&>(),
            nb::arg("name"), nb::arg("mesh_shape"), nb::arg("local"),
            nb::arg("generation"), nb::arg("transport"), nb::arg("secret"),
            nb::arg("timeout_s"), nb::arg("mailbox_bytes"),
            nb::arg("window_bytes"), nb::arg("spin_s"), nb::arg("chaos"),
-           nb::arg("network"))
+           nb::arg("network"), nb::arg("libfabric") = "",
+           nb::arg("nics") = std::vector<std::string>())
       .def("address", &NativeFabric::Address)
       .def("connect", &NativeFabric::Connect)
       .def("publish", &NativeFabric::Publish)

@@ -7,6 +7,7 @@
 
 #include "handlers/handlers.h"
 #include "python/fabric_py.h"
+#include "python/transfer_engine_py.h"
 
 namespace nb = nanobind;
 
@@ -21,7 +22,9 @@ nb::capsule Target(Handler* handler) {
 nb::dict Targets() {
   nb::dict targets;
   targets["jaxfabric_put"] = Target(&jaxfabric::JaxfabricPut);
+  targets["jaxfabric_put_pages"] = Target(&jaxfabric::JaxfabricPutPages);
   targets["jaxfabric_scatter"] = Target(&jaxfabric::JaxfabricScatter);
+  targets["jaxfabric_signal"] = Target(&jaxfabric::JaxfabricSignal);
   targets["jaxfabric_wait"] = Target(&jaxfabric::JaxfabricWait);
   targets["jaxfabric_barrier"] = Target(&jaxfabric::JaxfabricBarrier);
   targets["jaxfabric_exchange"] = Target(&jaxfabric::JaxfabricExchange);
@@ -41,4 +44,5 @@ NB_MODULE(_native, m) {
   m.def("ffi_api_version", &jaxfabric::FfiApiVersion);
   m.def("targets", &Targets);
   jaxfabric::RegisterFabric(m);
+  jaxfabric::RegisterTransferEngine(m);
 }

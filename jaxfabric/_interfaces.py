@@ -1,0 +1,56 @@
+"""Which network interfaces the ranks of a Fabric use."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+from collections.abc import Sequence
+
+from jaxfabric._config import config
+from jaxfabric._rendezvous import coordinator_address
+
+_LOOPBACK = "lo"
+# Reserved for documentation, hence reached by the default route. Nothing is sent.
+_ELSEWHERE = ("192.0.2.1", 9)
+
+
+def network_host() -> str:
+    """Equal for processes that reach each other over loopback."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = socket.gethostname()
+    try:
+        namespace = os.stat("/proc/self/ns/net").st_ino
+    except OSError:
+        namespace = 0
+    return f"{boot}/{namespace}"
+
+
+def choose_interfaces(transport: str, hosts: Sequence[str]) -> list[str]:
+    """Names or addresses of the interfaces to use; none: what the transport takes.
+
+    Args:
+      transport: as given to `jf.Fabric`.
+      hosts: `network_host` of each process.
+    """
+    if config.settings.nics:
+        return [name.strip() for name in config.settings.nics.split(",")]
+    if transport != "ofi/tcp":
+        return []
+    return [_LOOPBACK] if len(set(hosts)) <= 1 else [_outward_address()]
+
+
+def _outward_address() -> str:
+    """The address from which this host reaches the others."""
+    target: tuple[str, int] = _ELSEWHERE
+    coordinator = coordinator_address()
+    if coordinator is not None:
+        name, _, port = coordinator.rpartition(":")
+        target = (name.strip("[]"), int(port))
+    found = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # chooses a route, and sends nothing
+        return str(probe.getsockname()[0])

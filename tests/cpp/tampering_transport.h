@@ -1,0 +1,93 @@
+// TamperingTransport: another transport, whose messages a test may see, alter
+// and lose.
+
+#ifndef JAXFABRIC_TESTS_CPP_TAMPERING_TRANSPORT_H_
+#define JAXFABRIC_TESTS_CPP_TAMPERING_TRANSPORT_H_
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "transport/transport.h"
+
+namespace jaxfabric {
+
+// False loses the message; its sender believes that it was sent.
+using Tamper = std::function<bool(std::string& message)>;
+
+class TamperingDomain final : public Domain {
+ public:
+  TamperingDomain(std::unique_ptr<Domain> real, const Tamper* tamper,
+                  Doorbell* doorbell)
+      : real_(std::move(real)), tamper_(tamper), doorbell_(doorbell) {}
+
+  const DomainCaps& caps() const override { return real_->caps(); }
+  const NetAddr& address() const override { return real_->address(); }
+  StatusOr<uint64_t> RegisterMemory(const MemoryRegion& region) override {
+    return real_->RegisterMemory(region);
+  }
+  Status UnregisterMemory(uint64_t key) override {
+    return real_->UnregisterMemory(key);
+  }
+  StatusOr<PeerId> AddPeer(const NetAddr& address, Deadline deadline) override {
+    return real_->AddPeer(address, deadline);
+  }
+  void RemovePeer(PeerId peer) override { real_->RemovePeer(peer); }
+  StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local, RemoteSpan remote,
+                                uint64_t length,
+                                std::optional<uint32_t> immediate,
+                                uint64_t cookie) override {
+    return real_->PostWriteImm(peer, local, remote, length, immediate, cookie);
+  }
+  StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
+                            uint64_t cookie) override {
+    std::string altered(message);
+    if ((*tamper_)(altered)) return real_->PostSend(peer, altered, cookie);
+    lost_.push_back(cookie);
+    doorbell_->Ring();
+    return Posted::kPosted;
+  }
+  size_t Poll(std::span<Completion> completions) override {
+    size_t count = 0;
+    for (; count < completions.size() && !lost_.empty(); ++count) {
+      completions[count].kind = Completion::Kind::kSendDone;
+      completions[count].cookie = lost_.front();
+      completions[count].status = OkStatus();
+      lost_.pop_front();
+    }
+    return count + real_->Poll(completions.subspan(count));
+  }
+  std::byte* DirectPointer(PeerId peer, RemoteSpan remote,
+                           uint64_t length) override {
+    return real_->DirectPointer(peer, remote, length);
+  }
+
+ private:
+  const std::unique_ptr<Domain> real_;
+  const Tamper* const tamper_;
+  Doorbell* const doorbell_;
+  std::deque<uint64_t> lost_;
+};
+
+class TamperingTransport final : public Transport {
+ public:
+  TamperingTransport(std::unique_ptr<Transport> real, Tamper tamper)
+      : real_(std::move(real)), tamper_(std::move(tamper)) {}
+
+  StatusOr<std::unique_ptr<Domain>> OpenDomain() override {
+    JF_ASSIGN_OR_RETURN(auto domain, real_->OpenDomain());
+    return std::unique_ptr<Domain>(std::make_unique<TamperingDomain>(
+        std::move(domain), &tamper_, &doorbell()));
+  }
+  Doorbell& doorbell() override { return real_->doorbell(); }
+
+ private:
+  const std::unique_ptr<Transport> real_;
+  const Tamper tamper_;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_TESTS_CPP_TAMPERING_TRANSPORT_H_

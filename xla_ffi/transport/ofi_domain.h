@@ -1,0 +1,168 @@
+// OfiDomain: one libfabric endpoint as a Domain.
+//
+// Peers are joined by frames (ofi_frame.h): a hello makes the target take in
+// the initiator's address, which EFA demands before a write; an ask gets what
+// lies behind a memory key, so that a wrong key or offset is refused at its
+// source instead of costing the connection. Until the answer is there, posts
+// give kAgain. Peers that are idle are pinged, so that a death is noticed by
+// those who only wait.
+
+#ifndef JAXFABRIC_TRANSPORT_OFI_DOMAIN_H_
+#define JAXFABRIC_TRANSPORT_OFI_DOMAIN_H_
+
+#include "transport/ofi_endpoint.h"
+
+#ifdef JAXFABRIC_HAVE_LIBFABRIC
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "base/deadline.h"
+#include "base/doorbell.h"
+#include "base/status.h"
+#include "transport/job_key.h"
+#include "transport/ofi_address.h"
+#include "transport/ofi_bell.h"
+#include "transport/ofi_frame.h"
+#include "transport/ofi_nic.h"
+#include "transport/ofi_operations.h"
+#include "transport/region_table.h"
+#include "transport/tcp_probe.h"
+#include "transport/transport.h"
+
+namespace jaxfabric {
+
+// Another Domain that this one knows: added by its owner, or because it said
+// hello, or both.
+struct OfiPeer {
+  struct Outgoing {
+    OfiFrameKind kind;
+    uint64_t argument = 0;
+    std::string payload;
+  };
+  enum class State { kGreeting, kReady, kLost };
+
+  OfiAddress address;
+  fi_addr_t fi_address = FI_ADDR_NOTAVAIL;
+  PeerId id = kUnknownPeer;  // of the owner; unknown if it has not added it
+  State state = State::kGreeting;
+  Status lost;            // why it is kLost
+  int64_t lost_ns = 0;    // when
+  bool loss_due = false;  // the owner was not told yet
+  uint32_t open = 0;      // operations posted and not completed
+  uint32_t failures = 0;  // frames that failed in a row
+  std::deque<Outgoing> frames;
+  // What is known of its memory, by key; nothing yet: asked.
+  std::unordered_map<uint64_t, std::optional<OfiRegion>> regions;
+  // Keys of ours that it has asked for.
+  std::unordered_set<uint64_t> told;
+  int64_t heard_ns = 0;    // when something came from it
+  int64_t spoke_ns = 0;    // when something was posted to it
+  int64_t stuck_ns = 0;    // since when libfabric takes nothing; 0: it does
+  int64_t repeat_ns = 0;  // when to ask again for what we wait for
+  int64_t next_probe_ns = 0;
+  std::optional<TcpProbe> probe;
+};
+
+class OfiDomain final : public Domain {
+ public:
+  // `bell` may be null: then the owner polls.
+  static StatusOr<std::unique_ptr<OfiDomain>> Open(
+      const OfiLibrary& library, OfiProvider provider, const fi_info& info,
+      const JobKey& key, OfiBell* bell, Doorbell* doorbell);
+  ~OfiDomain() override;
+
+  const DomainCaps& caps() const override { return caps_; }
+  const NetAddr& address() const override { return net_addr_; }
+
+  StatusOr<uint64_t> RegisterMemory(const MemoryRegion& region) override;
+  Status UnregisterMemory(uint64_t key) override;
+  StatusOr<PeerId> AddPeer(const NetAddr& net_addr, Deadline deadline) override;
+  void RemovePeer(PeerId peer) override;
+  StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local, RemoteSpan remote,
+                                uint64_t length,
+                                std::optional<uint32_t> immediate,
+                                uint64_t cookie) override;
+  StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
+                            uint64_t cookie) override;
+  size_t Poll(std::span<Completion> completions) override;
+  std::byte* DirectPointer(PeerId, RemoteSpan, uint64_t) override {
+    return nullptr;
+  }
+
+ private:
+  OfiDomain(const JobKey& key, OfiBell* bell, Doorbell* doorbell)
+      : key_(key), bell_(bell), doorbell_(doorbell) {}
+  Status Start(const OfiLibrary& library, OfiProvider provider,
+               const fi_info& info);
+  void FillCaps();
+  void PostReceive(OfiOperation* operation);
+
+  // ofi_domain.cc: posts and completions.
+  StatusOr<OfiPeer*> FindPeer(PeerId id);
+  // The peer's memory behind `remote`, or nothing until the peer has told.
+  StatusOr<std::optional<OfiRegion>> RegionOf(OfiPeer& peer,
+                                              const RemoteSpan& remote,
+                                              uint64_t length);
+  bool HasRoom(const OfiPeer& peer) const;
+  // Whether `error`, from a post, is back-pressure; else gives it a Status.
+  StatusOr<Posted> Refused(OfiPeer& peer, OfiOperation* operation,
+                           int64_t error);
+  void Handle(const OfiEvent& event);
+  void OnDone(OfiOperation* operation);
+  void OnFailed(OfiOperation* operation, const std::string& error);
+  void Rest(bool empty);
+
+  // ofi_domain_peers.cc: who is there.
+  StatusOr<OfiPeer*> TakeIn(const OfiAddress& address);
+  void Forget(OfiPeer* peer);
+  void Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument = 0,
+            std::string payload = "");
+  // Posts the peer's first frame; false if it cannot be posted now.
+  bool PumpFrame(OfiPeer& peer);
+  void OnFrame(const OfiFrame& frame);
+  void OnHello(const OfiFrame& frame);
+  void OnAnswer(OfiPeer& peer, const OfiFrame& frame);
+  void NoteRefusal(OfiPeer& peer);
+  void Lose(OfiPeer& peer, Status why);
+  // Reports a loss, once nothing is open towards the peer.
+  void ReportLoss(OfiPeer& peer, int64_t now_ns);
+  void TendPeers();
+  void TendPeer(OfiPeer& peer, int64_t now_ns);
+  void ProbePeer(OfiPeer& peer, int64_t now_ns);
+  void SayBye();
+
+  const JobKey key_;
+  OfiBell* const bell_;
+  Doorbell* const doorbell_;
+  OfiAddress address_;
+  NetAddr net_addr_;
+  DomainCaps caps_;
+  RegionTable regions_;
+
+  // Stopped first, closed last: what is posted touches the two below.
+  std::unique_ptr<OfiEndpoint> endpoint_;
+  std::unique_ptr<OfiOperations> operations_;
+  std::unordered_map<uint64_t, OfiMemory> memory_;  // by exported key
+  OfiBell::Watch* watch_ = nullptr;
+
+  std::unordered_map<uint64_t, std::unique_ptr<OfiPeer>> peers_;  // by nonce
+  std::vector<OfiPeer*> ids_;  // by PeerId; null once removed
+  uint32_t posted_ = 0;        // writes and messages of the owner
+  std::deque<Completion> ready_;
+  std::vector<OfiOperation*> unposted_;  // receives that were refused
+  size_t frames_waiting_ = 0;            // of all peers
+  int64_t tended_ns_ = 0;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_HAVE_LIBFABRIC
+#endif  // JAXFABRIC_TRANSPORT_OFI_DOMAIN_H_

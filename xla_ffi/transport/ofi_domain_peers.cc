@@ -1,0 +1,344 @@
+// OfiDomain: who is there, and whether he still lives.
+
+#include "transport/ofi_domain.h"
+
+#ifdef JAXFABRIC_HAVE_LIBFABRIC
+
+#include <cstring>
+#include <utility>
+
+namespace jaxfabric {
+namespace {
+
+// Domains that one Domain knows; who knows the secret is not trusted with all
+// of our memory.
+constexpr size_t kPeersMax = 1 << 16;
+
+constexpr int64_t kMillisecond = 1'000'000;
+constexpr int64_t kTendPeriodNs = 20 * kMillisecond;
+// Together these bound how long a death stays unnoticed by those who wait.
+constexpr int64_t kPingPeriodNs = 250 * kMillisecond;
+constexpr int64_t kStuckNs = 100 * kMillisecond;
+// What got no answer is said again.
+constexpr int64_t kRepeatNs = 1000 * kMillisecond;
+// Of two Domains that add each other, one leaves the first word to the other:
+// libfabric's tcp loses a descriptor where connections cross.
+constexpr int64_t kCourtesyNs = 30 * kMillisecond;
+constexpr int64_t kProbePeriodNs = 1000 * kMillisecond;
+// A network may be away for seconds, a process stopped for as long. Operations
+// have deadlines of their own; this is for hosts that vanish without a word.
+constexpr int64_t kSilenceNs = 30'000 * kMillisecond;
+// A loss is reported although posts are still open after this.
+constexpr int64_t kLossDelayNs = 1000 * kMillisecond;
+// Posts and farewells may take so long to leave when a Domain closes.
+constexpr double kByeSeconds = 0.1;
+
+}  // namespace
+
+StatusOr<OfiPeer*> OfiDomain::TakeIn(const OfiAddress& address) {
+  const auto found = peers_.find(address.nonce);
+  if (found != peers_.end()) {
+    if (found->second->address != address) {
+      return Status(StatusCode::kInvalidArgument,
+                    "two addresses claim to be the same Domain");
+    }
+    return found->second.get();
+  }
+  if (peers_.size() >= kPeersMax) {
+    return Status(
+        StatusCode::kResourceExhausted,
+        "this Domain knows " + std::to_string(kPeersMax) + " peers already");
+  }
+  auto peer = std::make_unique<OfiPeer>();
+  peer->address = address;
+  JF_ASSIGN_OR_RETURN(
+      peer->fi_address,
+      endpoint_->Insert({address.endpoint.data(), address.endpoint_bytes}));
+  peer->heard_ns = MonotonicNanoseconds();  // the benefit of the doubt
+  OfiPeer* const result = peer.get();
+  peers_[address.nonce] = std::move(peer);
+  return result;
+}
+
+void OfiDomain::Forget(OfiPeer* peer) {
+  frames_waiting_ -= peer->frames.size();
+  endpoint_->Remove(peer->fi_address);
+  peers_.erase(peer->address.nonce);
+}
+
+StatusOr<PeerId> OfiDomain::AddPeer(const NetAddr& net_addr,
+                                    Deadline deadline) {
+  JF_ASSIGN_OR_RETURN(
+      const OfiAddress address,
+      ParseOfiAddress(net_addr, address_.provider, address_.job));
+  const auto known = peers_.find(address.nonce);
+  if (known == peers_.end() && address.provider == OfiProvider::kTcp) {
+    TcpProbe probe({address.endpoint.data(), address.endpoint_bytes});
+    switch (probe.Wait(deadline)) {
+      case TcpProbe::Result::kListens:
+        break;
+      case TcpProbe::Result::kRefused:
+        return Status(StatusCode::kNotFound,
+                      "stale ofi/tcp address: nobody listens at " +
+                          DescribeEndpoint(address) +
+                          "; its process has ended or closed its Domain");
+      case TcpProbe::Result::kUnreachable:
+        return Status(StatusCode::kUnavailable,
+                      DescribeEndpoint(address) +
+                          " cannot be reached from this host; choose "
+                          "interfaces of one network with JAXFABRIC_NICS");
+      case TcpProbe::Result::kPending:
+        return Status(StatusCode::kDeadlineExceeded,
+                      "no answer from " + DescribeEndpoint(address) +
+                          " in time; is a firewall in between, or is it of "
+                          "another network (JAXFABRIC_NICS)?");
+    }
+  }
+  JF_ASSIGN_OR_RETURN(OfiPeer* const peer, TakeIn(address));
+  JF_RETURN_IF_ERROR(peer->lost);
+  if (peer->id != kUnknownPeer) return peer->id;
+  peer->id = static_cast<PeerId>(ids_.size());
+  ids_.push_back(peer);
+  if (peer->state == OfiPeer::State::kGreeting) {
+    const bool waits = address_.nonce > address.nonce;
+    peer->repeat_ns = MonotonicNanoseconds() + (waits ? kCourtesyNs : 0);
+    tended_ns_ = 0;  // the next Poll says hello
+  }
+  return peer->id;
+}
+
+// What the peer itself still posts arrives as before, from nobody. It is
+// forgotten when it goes.
+void OfiDomain::RemovePeer(PeerId id) {
+  if (id >= ids_.size() || ids_[id] == nullptr) return;
+  OfiPeer& peer = *std::exchange(ids_[id], nullptr);
+  peer.id = kUnknownPeer;
+  peer.loss_due = false;
+  peer.regions.clear();
+}
+
+void OfiDomain::Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument,
+                     std::string payload) {
+  if (peer.state == OfiPeer::State::kLost) return;
+  peer.frames.push_back({kind, argument, std::move(payload)});
+  ++frames_waiting_;
+}
+
+bool OfiDomain::PumpFrame(OfiPeer& peer) {
+  if (peer.frames.empty() || peer.state == OfiPeer::State::kLost) return false;
+  OfiOperation* const operation = operations_->TakeSend(0);
+  if (operation == nullptr) return false;
+  const OfiPeer::Outgoing& frame = peer.frames.front();
+  operation->kind = OfiOperation::Kind::kFrame;
+  operation->peer = &peer;
+  operation->frame = frame.kind;
+  const size_t bytes =
+      EncodeOfiFrame({frame.kind, address_.nonce, peer.address.nonce,
+                      frame.argument, frame.payload},
+                     key_, operation->buffer);
+  const int64_t error =
+      endpoint_->Send(peer.fi_address, operation->buffer,
+                      operations_->descriptor(), bytes, operation);
+  if (error != 0) {
+    const StatusOr<Posted> refused = Refused(peer, operation, error);
+    if (!refused.ok()) Lose(peer, refused.status());
+    return false;
+  }
+  peer.frames.pop_front();
+  --frames_waiting_;
+  ++peer.open;
+  peer.stuck_ns = 0;
+  peer.spoke_ns = MonotonicNanoseconds();
+  return true;
+}
+
+void OfiDomain::NoteRefusal(OfiPeer& peer) {
+  if (peer.stuck_ns == 0) peer.stuck_ns = MonotonicNanoseconds();
+}
+
+void OfiDomain::OnFrame(const OfiFrame& frame) {
+  if (frame.kind == OfiFrameKind::kHello) return OnHello(frame);
+  const auto found = peers_.find(frame.sender);
+  OfiPeer* const peer = found == peers_.end() ? nullptr : found->second.get();
+  if (peer != nullptr) {
+    if (peer->state == OfiPeer::State::kLost) return;
+    peer->heard_ns = MonotonicNanoseconds();
+  }
+  if (frame.kind == OfiFrameKind::kMessage) {
+    Completion completion;
+    completion.kind = Completion::Kind::kMessage;
+    completion.peer = peer == nullptr ? kUnknownPeer : peer->id;
+    completion.message = std::string(frame.payload);
+    ready_.push_back(std::move(completion));
+    return;
+  }
+  if (peer == nullptr) return;
+  switch (frame.kind) {
+    case OfiFrameKind::kWelcome:
+      peer->state = OfiPeer::State::kReady;
+      break;
+    case OfiFrameKind::kAsk: {
+      OfiRegion region;
+      if (const MemoryRegion* ours = regions_.Find(frame.argument)) {
+        region.provider_key = endpoint_->KeyOf(memory_.at(frame.argument));
+        region.base = endpoint_->virtual_addresses()
+                          ? reinterpret_cast<uintptr_t>(ours->base)
+                          : 0;
+        region.length = ours->length;
+        peer->told.insert(frame.argument);
+      }
+      Tell(*peer, OfiFrameKind::kAnswer, frame.argument,
+           std::string(reinterpret_cast<const char*>(&region), sizeof(region)));
+      break;
+    }
+    case OfiFrameKind::kAnswer:
+      OnAnswer(*peer, frame);
+      break;
+    case OfiFrameKind::kGone:
+      peer->regions.erase(frame.argument);
+      break;
+    case OfiFrameKind::kBye:
+      Lose(*peer,
+           Status(StatusCode::kUnavailable, "the peer closed its Domain"));
+      break;
+    default:
+      break;
+  }
+}
+
+void OfiDomain::OnHello(const OfiFrame& frame) {
+  const auto address = ParseOfiAddress({std::string(frame.payload)},
+                                       address_.provider, address_.job);
+  if (!address.ok() || address->nonce != frame.sender) return;
+  const StatusOr<OfiPeer*> taken = TakeIn(*address);
+  if (!taken.ok()) return;
+  OfiPeer& peer = **taken;
+  if (peer.state == OfiPeer::State::kLost) return;
+  peer.heard_ns = MonotonicNanoseconds();
+  // It has taken us in before it said hello.
+  peer.state = OfiPeer::State::kReady;
+  Tell(peer, OfiFrameKind::kWelcome);
+}
+
+void OfiDomain::OnAnswer(OfiPeer& peer, const OfiFrame& frame) {
+  const auto asked = peer.regions.find(frame.argument);
+  if (asked == peer.regions.end() ||
+      frame.payload.size() != sizeof(OfiRegion)) {
+    return;
+  }
+  OfiRegion region;
+  std::memcpy(&region, frame.payload.data(), sizeof(region));
+  asked->second = region;
+}
+
+void OfiDomain::Lose(OfiPeer& peer, Status why) {
+  if (peer.state == OfiPeer::State::kLost) return;
+  peer.state = OfiPeer::State::kLost;
+  peer.lost = std::move(why);
+  peer.lost_ns = MonotonicNanoseconds();
+  peer.loss_due = peer.id != kUnknownPeer;
+  frames_waiting_ -= peer.frames.size();
+  peer.frames.clear();
+  peer.probe.reset();
+  ReportLoss(peer, peer.lost_ns);
+}
+
+void OfiDomain::ReportLoss(OfiPeer& peer, int64_t now_ns) {
+  if (!peer.loss_due) return;
+  if (peer.open > 0 && now_ns - peer.lost_ns < kLossDelayNs) return;
+  peer.loss_due = false;
+  Completion completion;
+  completion.kind = Completion::Kind::kPeerLost;
+  completion.peer = peer.id;
+  completion.status = peer.lost;
+  ready_.push_back(std::move(completion));
+}
+
+void OfiDomain::TendPeers() {
+  const int64_t now_ns = MonotonicNanoseconds();
+  if (now_ns - tended_ns_ < kTendPeriodNs) return;
+  tended_ns_ = now_ns;
+  std::vector<OfiPeer*> gone;
+  for (auto& [nonce, peer] : peers_) {
+    if (peer->state != OfiPeer::State::kLost) TendPeer(*peer, now_ns);
+    ReportLoss(*peer, now_ns);
+    const bool needless = peer->state == OfiPeer::State::kLost &&
+                          peer->id == kUnknownPeer && peer->open == 0;
+    if (needless) gone.push_back(peer.get());
+  }
+  for (OfiPeer* peer : gone) Forget(peer);
+}
+
+void OfiDomain::TendPeer(OfiPeer& peer, int64_t now_ns) {
+  if (now_ns - peer.heard_ns > kSilenceNs) {
+    return Lose(
+        peer, Status(StatusCode::kUnavailable,
+                     "nothing was heard of " + DescribeEndpoint(peer.address) +
+                         " for " + std::to_string(kSilenceNs / 1'000'000'000) +
+                         " s: its host or the network is down"));
+  }
+  if (peer.stuck_ns != 0) ProbePeer(peer, now_ns);
+  if (!peer.frames.empty() || peer.state == OfiPeer::State::kLost) return;
+  if (now_ns >= peer.repeat_ns) {
+    peer.repeat_ns = now_ns + kRepeatNs;
+    if (peer.state == OfiPeer::State::kGreeting) {
+      Tell(peer, OfiFrameKind::kHello, 0, net_addr_.bytes);
+    }
+    for (const auto& [key, region] : peer.regions) {
+      if (!region.has_value()) Tell(peer, OfiFrameKind::kAsk, key);
+    }
+  }
+  if (peer.state == OfiPeer::State::kReady && peer.frames.empty() &&
+      now_ns - peer.spoke_ns > kPingPeriodNs) {
+    Tell(peer, OfiFrameKind::kPing);
+  }
+}
+
+void OfiDomain::ProbePeer(OfiPeer& peer, int64_t now_ns) {
+  if (address_.provider != OfiProvider::kTcp) return;
+  if (!peer.probe.has_value()) {
+    if (now_ns - peer.stuck_ns < kStuckNs || now_ns < peer.next_probe_ns) {
+      return;
+    }
+    peer.next_probe_ns = now_ns + kProbePeriodNs;
+    peer.probe.emplace(std::span<const std::byte>(peer.address.endpoint.data(),
+                                                  peer.address.endpoint_bytes));
+  }
+  const TcpProbe::Result result = peer.probe->Poll();
+  if (result == TcpProbe::Result::kPending && now_ns < peer.next_probe_ns) {
+    return;
+  }
+  peer.probe.reset();
+  if (result == TcpProbe::Result::kRefused) {
+    Lose(peer, Status(StatusCode::kUnavailable,
+                      "nobody listens at " + DescribeEndpoint(peer.address) +
+                          " any more: its process has ended"));
+  }
+}
+
+void OfiDomain::SayBye() {
+  for (auto& [nonce, peer] : peers_) {
+    if (peer->state == OfiPeer::State::kReady) {
+      Tell(*peer, OfiFrameKind::kBye);
+    }
+  }
+  const auto busy = [this] {
+    if (frames_waiting_ > 0) return true;
+    for (const auto& [nonce, peer] : peers_) {
+      if (peer->open > 0) return true;
+    }
+    return false;
+  };
+  const Deadline deadline = Deadline::AfterSeconds(kByeSeconds);
+  OfiEvent event;
+  while (busy() && !deadline.Expired()) {
+    for (auto& [nonce, peer] : peers_) {
+      while (PumpFrame(*peer)) continue;
+    }
+    if (endpoint_->Next(&event)) Handle(event);
+  }
+}
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_HAVE_LIBFABRIC

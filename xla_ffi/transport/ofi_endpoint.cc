@@ -1,0 +1,292 @@
+#include "transport/ofi_endpoint.h"
+
+#ifdef JAXFABRIC_HAVE_LIBFABRIC
+
+#include <algorithm>
+#include <cstring>
+
+namespace jaxfabric {
+namespace {
+
+// Options that headers of libfabric 1.17 do not know; the values are those of
+// fi_endpoint.h and fi_ext_efa.h of libfabric 2, which are part of its ABI.
+constexpr int kOptCudaApiPermitted = 10;       // bool
+constexpr int kOptSharedMemoryPermitted = 11;  // bool
+constexpr int kOptMaxRmaSize = 14;             // size_t
+constexpr int kOptEfa = -(0xefa << 16);
+constexpr int kOptEfaRnrRetry = kOptEfa;           // size_t
+constexpr int kOptEfaEmulatedWrite = kOptEfa + 2;  // bool
+
+// Receivers without a posted receive are tried again without end; whether they
+// still live is found out by other means.
+constexpr size_t kRnrRetryForEver = 7;
+
+// An EFA queue does not defend itself: it must hold all that is posted and as
+// many immediates as peers send between two polls.
+constexpr size_t kQueueEntries = 16384;
+constexpr size_t kQueueEntriesMin = 1024;
+
+// Of a write; an address of 32 bits or a length that overflows signed types
+// stays out of reach, and nothing is lost by cutting there.
+constexpr uint64_t kWriteBytesMax = uint64_t{1} << 30;
+
+bool IsEfa(OfiProvider provider) {
+  return provider == OfiProvider::kEfa || provider == OfiProvider::kEfaDirect;
+}
+
+}  // namespace
+
+Status OfiEndpoint::Failed(const char* call, int64_t error) const {
+  return Status(StatusCode::kUnavailable,
+                std::string("ofi/") + OfiProviderName(provider_) + " on " +
+                    info_->domain_attr->name + ": " + call +
+                    " failed: " + library_.ErrorText(error));
+}
+
+StatusOr<std::unique_ptr<OfiEndpoint>> OfiEndpoint::Open(
+    const OfiLibrary& library, OfiProvider provider, const fi_info& info) {
+  std::unique_ptr<OfiEndpoint> endpoint(
+      new OfiEndpoint(library, provider, info));
+  JF_RETURN_IF_ERROR(endpoint->OpenObjects());
+  JF_RETURN_IF_ERROR(endpoint->Enable());
+  return endpoint;
+}
+
+Status OfiEndpoint::OpenObjects() {
+  fid_fabric* fabric = nullptr;
+  int error = library_.OpenFabric(info_.get(), &fabric);
+  if (error != 0) return Failed("fi_fabric", error);
+  fabric_.reset(fabric);
+  fid_domain* domain = nullptr;
+  error = fi_domain(fabric, info_.get(), &domain, nullptr);
+  if (error != 0) return Failed("fi_domain", error);
+  domain_.reset(domain);
+  fi_av_attr table = {};
+  table.type = FI_AV_TABLE;
+  fid_av* addresses = nullptr;
+  error = fi_av_open(domain, &table, &addresses, nullptr);
+  if (error != 0) return Failed("fi_av_open", error);
+  addresses_.reset(addresses);
+  JF_RETURN_IF_ERROR(OpenQueue());
+  fid_ep* endpoint = nullptr;
+  error = fi_endpoint(domain, info_.get(), &endpoint, nullptr);
+  if (error != 0) return Failed("fi_endpoint", error);
+  endpoint_.reset(endpoint);
+  return OkStatus();
+}
+
+Status OfiEndpoint::OpenQueue() {
+  fi_cq_attr attributes = {};
+  attributes.format = FI_CQ_FORMAT_DATA;
+  // Only tcp's descriptor is known to work in all versions.
+  const bool has_fd = provider_ == OfiProvider::kTcp;
+  attributes.wait_obj = has_fd ? FI_WAIT_FD : FI_WAIT_NONE;
+  fid_cq* queue = nullptr;
+  int error = 0;
+  // Devices differ in the largest queue that they grant.
+  for (size_t entries = kQueueEntries; entries >= kQueueEntriesMin;
+       entries /= 2) {
+    attributes.size = entries;
+    error = fi_cq_open(domain_.get(), &attributes, &queue, nullptr);
+    if (error == 0) break;
+  }
+  if (error != 0) return Failed("fi_cq_open", error);
+  queue_.reset(queue);
+  if (!has_fd) return OkStatus();
+  error = fi_control(&queue->fid, FI_GETWAIT, &wait_fd_);
+  return error == 0 ? OkStatus() : Failed("fi_control(FI_GETWAIT)", error);
+}
+
+Status OfiEndpoint::Enable() {
+  int error = fi_ep_bind(endpoint_.get(), &addresses_->fid, 0);
+  if (error != 0) return Failed("fi_ep_bind", error);
+  error = fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV);
+  if (error != 0) return Failed("fi_ep_bind", error);
+  SetOptions();
+  error = fi_enable(endpoint_.get());
+  if (error != 0) return Failed("fi_enable", error);
+  ReadOptions();
+  size_t size = name_.size();
+  error = fi_getname(&endpoint_->fid, name_.data(), &size);
+  if (error != 0) return Failed("fi_getname", error);
+  if (size == 0 || size > name_.size()) {
+    return Failed("fi_getname", -FI_ETOOSMALL);
+  }
+  name_size_ = size;
+  return OkStatus();
+}
+
+// Libraries and providers that do not know an option refuse it, which is fine.
+void OfiEndpoint::SetOptions() {
+  const auto set = [this](int option, const auto& value) {
+    (void)fi_setopt(&endpoint_->fid, FI_OPT_ENDPOINT, option, &value,
+                    sizeof(value));
+  };
+  if (!IsEfa(provider_)) return;
+  set(kOptCudaApiPermitted, false);
+  // Ranks of one host have our own shm transport; with libfabric's, writes
+  // would take another way with other rules.
+  set(kOptSharedMemoryPermitted, false);
+  set(kOptEfaRnrRetry, kRnrRetryForEver);
+}
+
+void OfiEndpoint::ReadOptions() {
+  const auto get = [this](int option, auto* value) {
+    size_t size = sizeof(*value);
+    return fi_getopt(&endpoint_->fid, FI_OPT_ENDPOINT, option, value, &size) ==
+           0;
+  };
+  write_bytes_max_ =
+      std::min<uint64_t>(info_->ep_attr->max_msg_size, kWriteBytesMax);
+  receives_for_data_ =
+      ((info_->mode | info_->rx_attr->mode) & FI_RX_CQ_DATA) != 0;
+  if (IsEfa(provider_)) {
+    size_t most = 0;
+    if (get(kOptMaxRmaSize, &most) && most > 0) {
+      write_bytes_max_ = std::min<uint64_t>(write_bytes_max_, most);
+    }
+    bool emulated = false;
+    emulated_writes_ = get(kOptEfaEmulatedWrite, &emulated) && emulated;
+  }
+  // "Done" means that the bytes are there. A device's writes end no sooner;
+  // software would otherwise report that it has passed them on.
+  if (!IsEfa(provider_) || emulated_writes_) {
+    write_flags_ |= FI_DELIVERY_COMPLETE;
+  }
+}
+
+bool OfiEndpoint::MaySleep() {
+  if (batch_next_ < batch_size_) return false;
+  fid* queue = &queue_->fid;
+  return fi_trywait(fabric_.get(), &queue, 1) == 0;
+}
+
+StatusOr<OfiMemory> OfiEndpoint::Register(std::byte* base, uint64_t bytes,
+                                          bool remote, uint64_t key) {
+  const uint64_t access =
+      FI_SEND | FI_RECV | FI_WRITE | (remote ? FI_REMOTE_WRITE : 0);
+  const size_t key_bytes = info_->domain_attr->mr_key_size;
+  if (HasMode(FI_MR_PROV_KEY)) {
+    key = 0;
+  } else if (key_bytes < sizeof(key)) {
+    key &= (uint64_t{1} << (8 * key_bytes)) - 1;
+  }
+  fid_mr* region = nullptr;
+  const int error = fi_mr_reg(domain_.get(), base, bytes, access, 0, key, 0,
+                              &region, nullptr);
+  if (error != 0) {
+    return Failed("fi_mr_reg", error)
+        .Annotate("registering " + std::to_string(bytes) +
+                  " bytes (is the limit of locked memory, ulimit -l, large "
+                  "enough?)");
+  }
+  OfiMemory memory = {OfiOwned<fid_mr>(region), base};
+  if (HasMode(FI_MR_ENDPOINT)) {
+    const int bound = fi_mr_bind(region, &endpoint_->fid, 0);
+    if (bound != 0) return Failed("fi_mr_bind", bound);
+    const int enabled = fi_mr_enable(region);
+    if (enabled != 0) return Failed("fi_mr_enable", enabled);
+  }
+  return memory;
+}
+
+StatusOr<fi_addr_t> OfiEndpoint::Insert(std::span<const std::byte> name) {
+  fi_addr_t address = FI_ADDR_NOTAVAIL;
+  const int inserted =
+      fi_av_insert(addresses_.get(), name.data(), 1, &address, 0, nullptr);
+  if (inserted != 1 || address == FI_ADDR_NOTAVAIL) {
+    return Failed("fi_av_insert", inserted < 0 ? inserted : -FI_EINVAL);
+  }
+  return address;
+}
+
+void OfiEndpoint::Remove(fi_addr_t address) {
+  (void)fi_av_remove(addresses_.get(), &address, 1, 0);
+}
+
+int64_t OfiEndpoint::Write(fi_addr_t to, const void* data, void* descriptor,
+                           uint64_t bytes, uint64_t remote_address,
+                           uint64_t remote_key,
+                           std::optional<uint32_t> immediate, void* context) {
+  const iovec source = {const_cast<void*>(data), bytes};
+  const fi_rma_iov target = {remote_address, bytes, remote_key};
+  fi_msg_rma message = {};
+  message.msg_iov = &source;
+  message.desc = &descriptor;
+  message.iov_count = 1;
+  message.addr = to;
+  message.rma_iov = &target;
+  message.rma_iov_count = 1;
+  message.context = context;
+  message.data = immediate.value_or(0);
+  const uint64_t flags = FI_COMPLETION | write_flags_ |
+                         (immediate.has_value() ? FI_REMOTE_CQ_DATA : 0);
+  return fi_writemsg(endpoint_.get(), &message, flags);
+}
+
+int64_t OfiEndpoint::Send(fi_addr_t to, const void* data, void* descriptor,
+                          uint64_t bytes, void* context) {
+  return fi_send(endpoint_.get(), data, bytes, descriptor, to, context);
+}
+
+int64_t OfiEndpoint::Receive(void* data, void* descriptor, uint64_t bytes,
+                             void* context) {
+  return fi_recv(endpoint_.get(), data, bytes, descriptor, FI_ADDR_UNSPEC,
+                 context);
+}
+
+bool OfiEndpoint::Next(OfiEvent* event) {
+  if (batch_next_ == batch_size_) {
+    batch_next_ = batch_size_ = 0;
+    const ssize_t count =
+        fi_cq_read(queue_.get(), batch_.data(), batch_.size());
+    if (count == -FI_EAVAIL) {
+      ReadError(event);
+      return true;
+    }
+    if (count <= 0) return false;
+    batch_size_ = static_cast<size_t>(count);
+  }
+  const fi_cq_data_entry& entry = batch_[batch_next_++];
+  event->context = entry.op_context;
+  event->bytes = entry.len;
+  event->immediate = static_cast<uint32_t>(entry.data);
+  // A message may carry data as well, and is still no immediate.
+  if ((entry.flags & FI_REMOTE_CQ_DATA) != 0 &&
+      (entry.flags & FI_REMOTE_WRITE) != 0) {
+    event->kind = OfiEvent::Kind::kImmediate;
+  } else if ((entry.flags & FI_RECV) != 0) {
+    event->kind = OfiEvent::Kind::kReceived;
+  } else if (entry.op_context != nullptr) {
+    event->kind = OfiEvent::Kind::kDone;
+  } else {
+    event->kind = OfiEvent::Kind::kOther;
+  }
+  return true;
+}
+
+void OfiEndpoint::ReadError(OfiEvent* event) {
+  // Newer libraries have a longer entry than these headers.
+  union {
+    fi_cq_err_entry entry;
+    std::byte room[256];
+  } error;
+  std::memset(&error, 0, sizeof(error));
+  event->kind = OfiEvent::Kind::kOther;
+  event->context = nullptr;
+  if (fi_cq_readerr(queue_.get(), &error.entry, 0) < 0) return;
+  event->kind = OfiEvent::Kind::kFailed;
+  event->context = error.entry.op_context;
+  char text[128] = {};
+  const char* const detail =
+      fi_cq_strerror(queue_.get(), error.entry.prov_errno, error.entry.err_data,
+                     text, sizeof(text));
+  event->error = library_.ErrorText(error.entry.err);
+  if (IsEfa(provider_) && detail != nullptr) {
+    event->error += " (" + std::string(detail) + ")";
+  }
+}
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_HAVE_LIBFABRIC
