@@ -1,0 +1,59 @@
+// MemoryRegistry: the regions that a TransferEngine has registered, and how
+// many operations use each.
+
+#ifndef JAXFABRIC_ENGINE_MEMORY_REGISTRY_H_
+#define JAXFABRIC_ENGINE_MEMORY_REGISTRY_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+
+#include "base/shared_memory.h"
+#include "base/status.h"
+#include "engine/domain_group.h"
+
+namespace jaxfabric {
+
+using RegionId = uint64_t;
+
+// Not thread-safe: its owner serialises the calls, also with the group's.
+class MemoryRegistry {
+ public:
+  struct Region {
+    LocalRegion local;
+    bool target = false;                   // peers may write into it
+    std::shared_ptr<SharedMemory> memory;  // null for foreign memory
+    uint32_t users = 0;
+    bool closing = false;
+  };
+
+  // Memory of the caller, which stays until it is unregistered. Over a
+  // transport that maps peers' memory it can only be a source.
+  StatusOr<RegionId> Register(DomainGroup& group, std::byte* base,
+                              uint64_t length);
+  // New memory, zero-filled.
+  StatusOr<RegionId> Allocate(DomainGroup& group, uint64_t length);
+
+  // kNotFound for one that is unregistered, or about to be.
+  StatusOr<Region*> Find(RegionId id);
+
+  // Keeps new users away; true if there are none already.
+  StatusOr<bool> BeginRemoval(RegionId id);
+  // It could not be removed in time, and is as before.
+  void AbandonRemoval(RegionId id);
+  // True if the last user of a region that is to be removed has gone.
+  bool Release(RegionId id);
+  // Needs BeginRemoval before, and no users.
+  Status Remove(DomainGroup& group, RegionId id);
+  // For error texts; 0 if there is no such region.
+  uint32_t Users(RegionId id) const;
+
+ private:
+  std::unordered_map<RegionId, Region> regions_;
+  RegionId next_ = 1;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_ENGINE_MEMORY_REGISTRY_H_

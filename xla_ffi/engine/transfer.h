@@ -1,0 +1,82 @@
+// Transfer: pieces that are written to one peer and counted there as one.
+
+#ifndef JAXFABRIC_ENGINE_TRANSFER_H_
+#define JAXFABRIC_ENGINE_TRANSFER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "base/status.h"
+
+namespace jaxfabric {
+
+// A registered region of a peer: one key per Domain of the peer.
+struct MrDesc {
+  uint64_t base = 0;
+  uint64_t length = 0;
+  std::vector<uint64_t> keys;
+};
+
+// Memory of this rank that is registered on each of its Domains.
+struct LocalRegion {
+  const std::byte* base = nullptr;
+  uint64_t length = 0;
+  std::vector<uint64_t> keys;
+};
+
+// One contiguous part of a transfer.
+struct Piece {
+  uint64_t local_offset = 0;
+  uint64_t remote_offset = 0;
+  uint64_t length = 0;
+};
+
+// Names a transfer while it is under way; never used again, never 0.
+using TransferHandle = uint64_t;
+
+// One write of a transfer.
+struct Chunk {
+  Piece piece;
+  std::optional<uint32_t> immediate;
+};
+
+struct Transfer {
+  uint32_t peer = 0;
+  LocalRegion local;
+  MrDesc remote;
+  std::vector<Chunk> chunks;
+  std::optional<uint32_t> id;
+  std::function<void(Status)> done;
+  TransferHandle handle = 0;
+  bool small = false;
+  uint32_t next = 0;     // first chunk that was never posted
+  uint32_t open = 0;     // posted, or to be posted again, and not over
+  uint32_t repairs = 0;  // that the peer has not acknowledged
+  Status status;
+
+  bool over() const {
+    return open == 0 && repairs == 0 && next == chunks.size();
+  }
+};
+
+// What is not longer goes whole on one Domain: cutting it gains less than one
+// more write costs. Measured by benchmarks/split_threshold.cc.
+inline constexpr uint64_t kSplitBytes = uint64_t{1} << 16;
+// Chunks are not longer: others' turns come, and a dead link held little.
+inline constexpr uint64_t kChunkBytes = uint64_t{1} << 20;
+
+// Cuts `pieces` for `links` links. Chunks shrink towards the end, so that a
+// slow link that took one of the last is not what all wait for. There is at
+// least one, so that a transfer of no bytes is counted too. Fails where there
+// are more than can be counted as one transfer.
+StatusOr<std::vector<Chunk>> CutIntoChunks(const std::vector<Piece>& pieces,
+                                           size_t links,
+                                           uint64_t write_bytes_max,
+                                           std::optional<uint32_t> id);
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_ENGINE_TRANSFER_H_

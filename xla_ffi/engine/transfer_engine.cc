@@ -1,0 +1,405 @@
+#include "engine/transfer_engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "base/check.h"
+#include "engine/immediate.h"
+
+namespace jaxfabric {
+namespace {
+
+// The worker looks at deadlines and peers at least this often.
+constexpr int64_t kSleepMaxNs = 50'000'000;
+// So often a device that cannot ring is looked at while nothing is under way
+// here: peers may write, or wait for answers.
+constexpr int64_t kIdlePollNs = 1'000'000;
+// So long, writes that were posted may take to end after their deadline. Then
+// only cutting the connection takes the buffers back.
+constexpr int64_t kTakeBackNs = 2'000'000'000;
+// So long, peers may take to accept a farewell.
+constexpr double kFarewellS = 0.5;
+
+std::string Seconds(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g s", seconds);
+  return text;
+}
+
+}  // namespace
+
+TransferEngine::TransferEngine(TransferEngineOptions options,
+                               std::unique_ptr<Transport> transport)
+    : options_(std::move(options)),
+      transport_(std::move(transport)),
+      inbox_(std::make_shared<MessageInbox>()) {}
+
+StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Open(
+    TransferEngineOptions options, std::unique_ptr<Transport> transport) {
+  if (options.nics > DomainGroup::kDomainsMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  "a TransferEngine has 1 to 8 NICs, not " +
+                      std::to_string(options.nics));
+  }
+  for (const std::string* text : {&options.job, &options.name}) {
+    if (text->size() > EngineAddress::kNameBytesMax) {
+      return Status(StatusCode::kInvalidArgument,
+                    "a TransferEngine's job and name have up to 128 bytes");
+    }
+  }
+  std::unique_ptr<TransferEngine> engine(
+      new TransferEngine(std::move(options), std::move(transport)));
+  std::vector<std::unique_ptr<Domain>> domains;
+  size_t nics = engine->options_.nics;
+  if (nics == 0) {
+    nics = std::min(engine->transport_->nic_count(), DomainGroup::kDomainsMax);
+  }
+  for (size_t i = 0; i < nics; ++i) {
+    JF_ASSIGN_OR_RETURN(auto domain, engine->transport_->OpenDomain());
+    domains.push_back(std::move(domain));
+  }
+  engine->group_ = std::make_unique<DomainGroup>(std::move(domains));
+  engine->caps_ = engine->group_->caps();
+  engine->self_ = {.id = RandomId::Make(),
+                   .job = engine->options_.job,
+                   .name = engine->options_.name,
+                   .domains = engine->group_->addresses()};
+  engine->address_ = engine->self_.Encode(engine->options_.token);
+  engine->last_housekeeping_ns_ = MonotonicNanoseconds();
+  engine->worker_ = std::thread([engine = engine.get()] { engine->Work(); });
+  return engine;
+}
+
+TransferEngine::~TransferEngine() {
+  const Status closed(StatusCode::kFailedPrecondition,
+                      "the TransferEngine was closed");
+  if (worker_.joinable()) {
+    std::vector<std::shared_ptr<Watcher>> watchers;
+    std::unique_lock<std::mutex> lock(mutex_);
+    closing_ = true;
+    watchers.swap(watchers_);
+    for (const auto& [number, submission] : std::map(live_)) {
+      StopLocked(submission, closed);
+    }
+    for (auto& [name, peer] : peers_) SayGoodbyeLocked(*peer);
+    lock.unlock();
+    for (const auto& watcher : watchers) FreeWatcher(watcher);
+    const Deadline farewell = Deadline::AfterSeconds(kFarewellS);
+    Doorbell& doorbell = transport_->doorbell();
+    for (;;) {
+      lock.lock();
+      const bool idle = group_->Idle() && live_.empty();
+      lock.unlock();
+      if (idle || farewell.Expired()) break;
+      doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
+    }
+    stop_.store(true, std::memory_order_release);
+    doorbell.Ring();
+    worker_.join();
+  }
+  inbox_->Close();
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto& [number, submission] : live_) submission->failure = closed;
+  group_.reset();  // no NIC touches anything from here on
+  for (const auto& [number, submission] : std::map(live_)) {
+    FinishLocked(submission, closed.Annotate(submission->future->label()));
+  }
+}
+
+// --- Operations ---
+
+StatusOr<SubmissionPtr> TransferEngine::BeginLocked(SubmissionKind kind,
+                                                    std::string label,
+                                                    MaybeDeadline deadline) {
+  if (closing_) {
+    return Status(StatusCode::kFailedPrecondition,
+                  label + ": the TransferEngine is closed");
+  }
+  auto submission = std::make_shared<Submission>();
+  submission->kind = kind;
+  submission->future =
+      std::make_shared<TransferFuture>(std::move(label), next_number_++);
+  submission->deadline =
+      deadline.value_or(Deadline::AfterSeconds(options_.timeout_s));
+  submission->timeout_s =
+      static_cast<double>(submission->deadline.RemainingNanoseconds()) / 1e9;
+  live_[submission->future->number()] = submission;
+  ++stats_.operations;
+  return submission;
+}
+
+void TransferEngine::FinishLocked(const SubmissionPtr& submission,
+                                  Status status, uint32_t peer) {
+  if (submission->over) return;
+  submission->over = true;
+  const TransferFuturePtr future = submission->future;
+  if (!status.ok()) ++stats_.operations_failed;
+  live_.erase(future->number());
+  if (submission->kind == SubmissionKind::kBarrier) {
+    std::erase(barriers_, submission);
+  }
+  future->Finish(status, submission->lost.value_or(peer));
+  if (submission->kind == SubmissionKind::kWrites && group_ != nullptr) {
+    // Not here: the group may be in the middle of something.
+    if (registry_.Release(submission->region)) {
+      unused_.push_back(submission->region);
+    }
+  }
+}
+
+void TransferEngine::RemoveUnusedLocked() {
+  for (const RegionId region : std::exchange(unused_, {})) {
+    const auto waits = unregistering_.find(region);
+    if (waits == unregistering_.end()) continue;  // it gave up meanwhile
+    const SubmissionPtr unregister = waits->second;
+    unregistering_.erase(waits);
+    FinishLocked(unregister, registry_.Remove(*group_, region));
+  }
+}
+
+std::string TransferEngine::DescribeLocked(const Submission& submission) const {
+  const double elapsed_s = static_cast<double>(MonotonicNanoseconds() -
+                                               submission.future->begin_ns()) /
+                           1e9;
+  std::string text = submission.future->label() + ": " + Seconds(elapsed_s) +
+                     " into a time limit of " + Seconds(submission.timeout_s) +
+                     ", ";
+  std::string missing;
+  const auto list = [&](uint32_t peer) {
+    missing += (missing.empty() ? "" : ", ") + NameLocked(peer);
+  };
+  switch (submission.kind) {
+    case SubmissionKind::kWrites:
+    case SubmissionKind::kSend:
+      for (const Submission::Part& part : submission.parts) {
+        if (part.open && missing.size() < 500) list(part.peer);
+      }
+      return text + std::to_string(submission.open_parts) + " of " +
+             std::to_string(submission.parts.size()) +
+             (submission.kind == SubmissionKind::kWrites
+                  ? " transfers have not ended: to "
+                  : " messages are not sent: to ") +
+             missing;
+    case SubmissionKind::kBarrier:
+      for (const auto& [peer, count] : submission.arrivals) {
+        const auto found = peers_.find(peer);
+        if (found == peers_.end() ||
+            found->second->barriers[*submission.id].theirs < count) {
+          list(peer);
+        }
+      }
+      return text + "waiting for " + missing;
+    case SubmissionKind::kExpect:
+      for (const uint32_t peer : submission.sources) list(peer);
+      text += std::to_string(counters_.Transfers(*submission.id)) + " of " +
+              std::to_string(submission.transfers) + " transfers have come";
+      if (!missing.empty()) text += " from " + missing;
+      for (const auto& [peer, why] : lost_) {
+        text += "; meanwhile or before, " + NameLocked(peer) + " was lost";
+      }
+      return text;
+    case SubmissionKind::kConnect:
+      return text + "no answer from " + NameLocked(submission.peer);
+    case SubmissionKind::kUnregister:
+      return text + std::to_string(registry_.Users(submission.region)) +
+             " operations still use the region";
+  }
+  return text;
+}
+
+// Ends an operation early: at once where nobody else holds its buffers, else
+// once its open writes have ended.
+void TransferEngine::StopLocked(const SubmissionPtr& submission, Status why) {
+  if (submission->over || submission->stopped_ns) return;
+  if (submission->failure.ok()) submission->failure = why;
+  std::vector<std::function<void()>> ready;
+  switch (submission->kind) {
+    case SubmissionKind::kWrites:
+      submission->stopped_ns = MonotonicNanoseconds();
+      for (size_t i = 0; i < submission->parts.size(); ++i) {
+        const Submission::Part& part = submission->parts[i];
+        if (part.open && part.handle != 0) group_->Cancel(part.handle);
+      }
+      return;
+    case SubmissionKind::kExpect:
+      // Met just now: its callback is on the way.
+      if (!counters_.Cancel(submission->expectation, &ready)) return;
+      break;
+    case SubmissionKind::kUnregister:
+      unregistering_.erase(submission->region);
+      registry_.AbandonRemoval(submission->region);
+      break;
+    case SubmissionKind::kConnect:
+    case SubmissionKind::kBarrier:
+    case SubmissionKind::kSend:  // its bytes were copied
+      break;
+  }
+  FinishLocked(submission, std::move(why));
+  RunLocked(&ready);
+}
+
+void TransferEngine::RunLocked(std::vector<std::function<void()>>* ready) {
+  for (std::function<void()>& callback : *ready) callback();
+  ready->clear();
+}
+
+bool TransferEngine::Cancel(const TransferFuture& future) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = live_.find(future.number());
+  if (found == live_.end() || found->second->future.get() != &future) {
+    return false;
+  }
+  const SubmissionPtr submission = found->second;
+  StopLocked(submission, Status(StatusCode::kCancelled,
+                                future.label() + ": cancelled by the caller"));
+  return true;
+}
+
+Status TransferEngine::Drain(Deadline deadline) {
+  uint64_t last = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    last = next_number_;
+  }
+  for (;;) {
+    TransferFuturePtr oldest;
+    std::string missing;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& [number, submission] : live_) {
+        if (number >= last) break;
+        if (submission->kind != SubmissionKind::kWrites &&
+            submission->kind != SubmissionKind::kSend) {
+          continue;
+        }
+        oldest = submission->future;
+        missing = DescribeLocked(*submission);
+        break;
+      }
+    }
+    if (oldest == nullptr) return OkStatus();
+    if (!oldest->Wait(deadline)) {
+      return Status(StatusCode::kDeadlineExceeded, "drain: " + missing);
+    }
+  }
+}
+
+// --- The worker ---
+
+void TransferEngine::EndExpiredLocked(int64_t now_ns) {
+  std::vector<SubmissionPtr> expired;
+  std::unordered_set<uint32_t> stuck;
+  for (const auto& [number, submission] : live_) {
+    if (submission->stopped_ns) {
+      if (now_ns - *submission->stopped_ns < kTakeBackNs) continue;
+      for (const Submission::Part& part : submission->parts) {
+        if (part.open) stuck.insert(part.peer);
+      }
+    } else if (submission->deadline.nanoseconds() <= now_ns) {
+      expired.push_back(submission);
+    }
+  }
+  for (const SubmissionPtr& submission : expired) {
+    StopLocked(submission,
+               Status(StatusCode::kDeadlineExceeded,
+                      DescribeLocked(*submission) +
+                          "; a slow step needs a larger time limit"));
+  }
+  for (const uint32_t peer : stuck) {
+    LosePeerLocked(peer,
+                   Status(StatusCode::kUnavailable,
+                          "its writes neither ended nor could be taken back"));
+  }
+}
+
+void TransferEngine::HousekeepLocked(int64_t now_ns) {
+  // This process may have been stopped: then nobody else was silent.
+  const int64_t asleep_ns = now_ns - last_housekeeping_ns_ - kSleepMaxNs;
+  if (asleep_ns > 10 * kSleepMaxNs) {
+    for (auto& [name, peer] : peers_) peer->last_heard_ns += asleep_ns;
+  }
+  last_housekeeping_ns_ = now_ns;
+  EndExpiredLocked(now_ns);
+  WatchPeersLocked(now_ns);
+}
+
+void TransferEngine::HandleLocked(DomainGroup::Event& event) {
+  using Kind = DomainGroup::Event::Kind;
+  const auto found = peers_.find(event.peer);
+  TransferPeer* const peer =
+      found == peers_.end() ? nullptr : found->second.get();
+  if (peer != nullptr) peer->last_heard_ns = MonotonicNanoseconds();
+  if (event.kind == Kind::kStranger) {
+    HandleStrangerLocked(event.message);
+  } else if (event.kind == Kind::kMessage) {
+    if (peer != nullptr) HandleFrameLocked(event.peer, event.message);
+  } else if (event.kind == Kind::kPeerLost) {
+    if (peer != nullptr) LosePeerLocked(event.peer, event.status);
+  } else {
+    const Immediate immediate = Immediate::Decode(event.immediate);
+    const uint64_t units = immediate.Units();
+    if (peer != nullptr) peer->units_received += units;
+    std::vector<std::function<void()>> ready;
+    if (units == 0 || !counters_.Add(immediate.id, units, &ready).ok()) {
+      ++stats_.counts_dropped;
+    }
+    RunLocked(&ready);
+  }
+}
+
+void TransferEngine::Progress() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ProgressLocked();
+}
+
+bool TransferEngine::ProgressLocked() {
+  std::vector<DomainGroup::Event> events;
+  bool moved = group_->Poll(&events);
+  for (DomainGroup::Event& event : events) HandleLocked(event);
+  for (const auto& watcher : watchers_) moved |= watcher->Look();
+  RemoveUnusedLocked();
+  return moved;
+}
+
+// The worker never sleeps on the mutex: waking it would be work for whoever
+// submits something.
+bool TransferEngine::ProgressUnlessBusy() {
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (lock.owns_lock()) return ProgressLocked();
+  CpuRelax();
+  return true;
+}
+
+int64_t TransferEngine::SleepNs() {
+  const int64_t poll_ns = transport_->poll_interval_ns();
+  if (poll_ns == 0) return kSleepMaxNs;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return live_.empty() && group_->Idle() ? kIdlePollNs : poll_ns;
+}
+
+void TransferEngine::Work() {
+  pthread_setname_np(pthread_self(), "jaxfabric-xfer");
+  Doorbell& doorbell = transport_->doorbell();
+  int64_t last_moved_ns = MonotonicNanoseconds();
+  while (!stop_.load(std::memory_order_acquire)) {
+    const uint32_t seen = doorbell.Sequence();
+    const bool moved = ProgressUnlessBusy();
+    const int64_t now_ns = MonotonicNanoseconds();
+    if (now_ns - last_housekeeping_ns_ >= kSleepMaxNs) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      HousekeepLocked(now_ns);
+    }
+    if (moved) {
+      last_moved_ns = now_ns;
+    } else if (now_ns - last_moved_ns < options_.spin_ns) {
+      CpuRelax();
+    } else {
+      doorbell.Wait(seen, Deadline::AfterNanoseconds(SleepNs()));
+    }
+  }
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,249 @@
+// TransferEngine: one-sided writes and messages between jobs that were started
+// apart and find each other by address.
+//
+// One transfer is one count at its receiver, under the id that the sender gave
+// it, however many pages, writes and NICs it took. An id is one question: at
+// most the n transfers that one wait(n) waits for may be under way under it.
+//
+// Every operation gives a TransferFuture and ends by its deadline, or shortly
+// after it: once no NIC touches its buffers. Thread-safe; callbacks run on the
+// ElasticPool and may call the engine, but must not destroy it.
+
+#ifndef JAXFABRIC_ENGINE_TRANSFER_ENGINE_H_
+#define JAXFABRIC_ENGINE_TRANSFER_ENGINE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "base/deadline.h"
+#include "base/status.h"
+#include "engine/domain_group.h"
+#include "engine/engine_address.h"
+#include "engine/handshake.h"
+#include "engine/imm_counter.h"
+#include "engine/memory_registry.h"
+#include "engine/message_inbox.h"
+#include "engine/region_address.h"
+#include "engine/transfer_frame.h"
+#include "engine/transfer_future.h"
+#include "engine/transfer_peer.h"
+#include "engine/transfer_request.h"
+#include "engine/transfer_stats.h"
+#include "engine/transfer_submission.h"
+#include "engine/watcher.h"
+#include "transport/transport.h"
+
+namespace jaxfabric {
+
+using PeerGroupId = uint32_t;
+
+class TransferEngine {
+ public:
+  using MaybeDeadline = std::optional<Deadline>;
+  using Submitted = StatusOr<TransferFuturePtr>;
+
+  static StatusOr<std::unique_ptr<TransferEngine>> Open(
+      TransferEngineOptions options, std::unique_ptr<Transport> transport);
+  // Ends what is under way with "closed", and takes leave of the peers.
+  ~TransferEngine();
+
+  const TransferEngineOptions& options() const { return options_; }
+  const DomainCaps& caps() const { return caps_; }
+  // What Connect takes elsewhere.
+  const std::string& address() const { return address_; }
+
+  // --- Peers. A peer is a small number, never used again. ---
+
+  // The future's peer() is the peer. Either side may connect, or both at once.
+  // The other side learns of it by what the peer sends.
+  Submitted Connect(std::string_view address, MaybeDeadline deadline = {});
+  // What is under way to the peer fails; it hears that we left.
+  Status Disconnect(uint32_t peer);
+  // Pre-checked: all are connected now, each is there once.
+  StatusOr<PeerGroupId> AddPeerGroup(std::vector<uint32_t> peers);
+  Status RemovePeerGroup(PeerGroupId group);
+
+  // --- Memory ---
+
+  // See MemoryRegistry.
+  StatusOr<RegionId> RegisterMemory(std::byte* base, uint64_t length);
+  StatusOr<RegionId> AllocateMemory(uint64_t length);
+  // Done once no operation of this engine uses the region; from now on none may
+  // begin. Peers' writes into it are then refused.
+  Submitted UnregisterMemory(RegionId region, MaybeDeadline deadline = {});
+  // What peers need to write into it.
+  StatusOr<RegionAddress> Describe(RegionId region);
+  // Null for memory that was not allocated here.
+  std::shared_ptr<SharedMemory> Memory(RegionId region);
+
+  // --- Messages: whole, and in the order in which the peer sent them. ---
+
+  Submitted SubmitSend(uint32_t peer, std::string message,
+                       MaybeDeadline deadline = {});
+  // See MessageInbox.
+  void SubmitRecvs(MessageInbox::Callback callback);
+  MessageInbox& inbox() { return *inbox_; }
+
+  // --- Transfers. Without an id they are not counted at the receiver. ---
+
+  Submitted SubmitSingleWrite(RegionId source, uint64_t source_offset,
+                              const RegionAddress& target,
+                              uint64_t target_offset, uint64_t length,
+                              std::optional<uint32_t> id,
+                              MaybeDeadline deadline = {});
+  // Page source.indices[i] goes to page target.indices[i]: one transfer.
+  Submitted SubmitPagedWrites(RegionId source, const PageList& source_pages,
+                              const RegionAddress& target,
+                              const PageList& target_pages, uint64_t page_bytes,
+                              std::optional<uint32_t> id,
+                              MaybeDeadline deadline = {});
+  // One transfer for each target.
+  Submitted SubmitScatter(RegionId source,
+                          const std::vector<ScatterTarget>& targets,
+                          std::optional<uint32_t> id,
+                          MaybeDeadline deadline = {});
+  // Done once each member has submitted its barrier of this id as often as this
+  // engine has. It says nothing about writes: theirs have counts.
+  Submitted SubmitBarrier(PeerGroupId group, uint32_t id,
+                          MaybeDeadline deadline = {});
+
+  // --- Counts ---
+
+  // Done once `transfers` more have come under `id`; it consumes them. Fails
+  // early if one of `peers`, from whom they are to come, is lost.
+  Submitted ExpectImmCount(uint32_t id, uint64_t transfers,
+                           std::vector<uint32_t> peers = {},
+                           MaybeDeadline deadline = {});
+  // Transfers that have come and were not consumed.
+  uint64_t ImmCount(uint32_t id) const { return counters_.Transfers(id); }
+
+  // --- Everything else ---
+
+  StatusOr<std::shared_ptr<Watcher>> AllocWatcher(Watcher::Callback callback);
+  void FreeWatcher(const std::shared_ptr<Watcher>& watcher);
+
+  // Asks an operation to end early. False if it is done already; else its
+  // future fails with kCancelled, unless it still succeeds.
+  bool Cancel(const TransferFuture& future);
+  // Waits until all writes and messages submitted so far have ended.
+  Status Drain(Deadline deadline);
+  TransferEngineStats stats() const;
+
+ private:
+  // One transfer that is about to be posted.
+  struct Write {
+    const RegionAddress* target;
+    std::vector<Piece> pieces;
+    uint32_t peer = 0;
+    std::byte* mapped = nullptr;  // the target region, where it is mapped here
+  };
+
+  TransferEngine(TransferEngineOptions options,
+                 std::unique_ptr<Transport> transport);
+
+  // The worker.
+  void Work();
+  bool ProgressUnlessBusy();
+  int64_t SleepNs();
+
+  void Progress();
+
+  // Functions named ...Locked need mutex_.
+
+  // transfer_engine.cc
+  bool ProgressLocked();
+  StatusOr<SubmissionPtr> BeginLocked(SubmissionKind kind, std::string label,
+                                      MaybeDeadline deadline);
+  void FinishLocked(const SubmissionPtr& submission, Status status,
+                    uint32_t peer = kUnknownPeer);
+  void RemoveUnusedLocked();
+  void StopLocked(const SubmissionPtr& submission, Status why);
+  void HousekeepLocked(int64_t now_ns);
+  void EndExpiredLocked(int64_t now_ns);
+  std::string DescribeLocked(const Submission& submission) const;
+  void HandleLocked(DomainGroup::Event& event);
+  void RunLocked(std::vector<std::function<void()>>* ready);
+
+  // transfer_engine_submit.cc
+  Submitted SubmitWrites(std::string label, RegionId source,
+                         std::vector<Write> writes, std::optional<uint32_t> id,
+                         MaybeDeadline deadline);
+  Status PrepareLocked(const LocalRegion& source, std::optional<uint32_t> id,
+                       std::vector<Write>* writes);
+  void PostLocked(const SubmissionPtr& submission, const LocalRegion& local,
+                  const std::vector<Write>& writes);
+  void EndPartLocked(const SubmissionPtr& submission, size_t part,
+                     const Status& status);
+  bool BarrierMetLocked(const Submission& submission) const;
+  void CheckBarriersLocked();
+
+  // transfer_engine_peers.cc
+  StatusOr<uint32_t> AddPeerLocked(const EngineAddress& address,
+                                   Deadline deadline);
+  void SendHelloLocked(TransferPeer& peer, int64_t now_ns);
+  void HandleFrameLocked(uint32_t peer, std::string_view bytes);
+  void HandleStrangerLocked(std::string_view bytes);
+  Status HandleHelloLocked(std::string_view body);
+  Status HandleWelcomeLocked(TransferPeer& peer, std::string_view body);
+  Status HandlePeerFrameLocked(TransferPeer& peer, TransferFrame frame);
+  void ConnectedLocked(TransferPeer& peer);
+  void RefuseLocked(const Status& why);
+  void LosePeerLocked(uint32_t peer, const Status& why);
+  void EndCopyLocked(uint32_t peer);
+  void WatchPeersLocked(int64_t now_ns);
+  void SayGoodbyeLocked(TransferPeer& peer, DomainGroup::Done done = {});
+  StatusOr<TransferPeer*> FindPeerLocked(uint32_t peer);
+  StatusOr<TransferPeer*> FindOwnerLocked(const RegionAddress& region);
+  std::string NameLocked(uint32_t peer) const;
+
+  const TransferEngineOptions options_;
+  std::unique_ptr<Transport> transport_;
+  EngineAddress self_;
+  std::string address_;
+  DomainCaps caps_;
+  const std::shared_ptr<MessageInbox> inbox_;
+  ImmCounterTable counters_;  // has a lock of its own
+
+  mutable std::mutex mutex_;  // guards all that follows, up to stop_
+  std::unique_ptr<DomainGroup> group_;
+  MemoryRegistry registry_;
+  bool closing_ = false;
+  uint64_t next_number_ = 1;
+  std::map<uint64_t, SubmissionPtr> live_;  // by number: the oldest first
+  std::unordered_map<RegionId, SubmissionPtr> unregistering_;
+  std::vector<RegionId> unused_;  // to be unregistered
+  std::vector<SubmissionPtr> barriers_;
+  uint32_t next_peer_ = 0;
+  std::map<uint32_t, std::unique_ptr<TransferPeer>> peers_;
+  std::unordered_map<RandomId, uint32_t> peer_by_engine_;
+  std::map<uint32_t, std::string> lost_;  // why; the latest kLostMax
+  // Copies into the mapped memory of peers, which must stay mapped meanwhile.
+  std::unordered_map<uint32_t, uint32_t> copies_;
+  std::unordered_set<uint32_t> to_remove_;  // once their copies have ended
+  NonceMemory nonces_;
+  std::map<PeerGroupId, std::vector<uint32_t>> groups_;
+  PeerGroupId next_group_ = 1;
+  std::vector<std::shared_ptr<Watcher>> watchers_;
+  std::shared_ptr<SharedMemory> watcher_words_;
+  size_t watcher_words_used_ = 0;
+  TransferEngineStats stats_;
+
+  int64_t last_housekeeping_ns_ = 0;  // the worker's
+  std::atomic<bool> stop_{false};
+  std::thread worker_;
+};
+
+}  // namespace jaxfabric
+
+#endif  // JAXFABRIC_ENGINE_TRANSFER_ENGINE_H_

@@ -1,0 +1,416 @@
+// TransferEngine: what is submitted, from the call to its end.
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "engine/immediate.h"
+#include "engine/message_parts.h"
+#include "engine/transfer_engine.h"
+#include "transport/region_table.h"
+
+namespace jaxfabric {
+namespace {
+
+constexpr uint32_t kIdsMax = 1u << kIdBits;
+// So that their units can be counted in 64 bits.
+constexpr uint64_t kTransfersMax = uint64_t{1} << 40;
+
+std::string Label(std::string what, std::optional<uint32_t> id) {
+  return id ? what + " under id " + std::to_string(*id) : what;
+}
+
+Status CheckId(std::optional<uint32_t> id) {
+  if (!id || *id < kIdsMax) return OkStatus();
+  return Status(StatusCode::kInvalidArgument,
+                "id " + std::to_string(*id) + " is not below 2^27");
+}
+
+Status OutOfRange(const char* what, uint64_t offset, uint64_t length,
+                  uint64_t size) {
+  return Status(StatusCode::kOutOfRange,
+                std::to_string(length) + " bytes at offset " +
+                    std::to_string(offset) + " lie outside the " + what +
+                    " region of " + std::to_string(size) + " bytes");
+}
+
+// Joins pages that follow each other on both sides.
+StatusOr<std::vector<Piece>> PiecesOfPages(const PageList& source,
+                                           const PageList& target,
+                                           uint64_t page_bytes) {
+  if (source.indices.size() != target.indices.size()) {
+    return Status(StatusCode::kInvalidArgument,
+                  std::to_string(source.indices.size()) + " source pages for " +
+                      std::to_string(target.indices.size()) + " target pages");
+  }
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < source.indices.size(); ++i) {
+    Piece piece = {0, 0, page_bytes};
+    if (__builtin_mul_overflow(source.indices[i], source.stride,
+                               &piece.local_offset) ||
+        __builtin_add_overflow(piece.local_offset, source.offset,
+                               &piece.local_offset) ||
+        __builtin_mul_overflow(target.indices[i], target.stride,
+                               &piece.remote_offset) ||
+        __builtin_add_overflow(piece.remote_offset, target.offset,
+                               &piece.remote_offset)) {
+      return Status(StatusCode::kOutOfRange,
+                    "page " + std::to_string(i) + " lies beyond 2^64");
+    }
+    Piece* const last = pieces.empty() ? nullptr : &pieces.back();
+    if (last != nullptr &&
+        last->local_offset + last->length == piece.local_offset &&
+        last->remote_offset + last->length == piece.remote_offset) {
+      last->length += page_bytes;
+    } else {
+      pieces.push_back(piece);
+    }
+  }
+  return pieces;
+}
+
+}  // namespace
+
+TransferEngine::Submitted TransferEngine::SubmitSingleWrite(
+    RegionId source, uint64_t source_offset, const RegionAddress& target,
+    uint64_t target_offset, uint64_t length, std::optional<uint32_t> id,
+    MaybeDeadline deadline) {
+  return SubmitWrites(
+      Label("single write of " + std::to_string(length) + " bytes", id), source,
+      {{&target, {{source_offset, target_offset, length}}}}, id, deadline);
+}
+
+TransferEngine::Submitted TransferEngine::SubmitPagedWrites(
+    RegionId source, const PageList& source_pages, const RegionAddress& target,
+    const PageList& target_pages, uint64_t page_bytes,
+    std::optional<uint32_t> id, MaybeDeadline deadline) {
+  std::string label =
+      Label("paged write of " + std::to_string(source_pages.indices.size()) +
+                " pages of " + std::to_string(page_bytes) + " bytes",
+            id);
+  auto pieces = PiecesOfPages(source_pages, target_pages, page_bytes);
+  if (!pieces.ok()) return pieces.status().Annotate(label);
+  return SubmitWrites(std::move(label), source, {{&target, *std::move(pieces)}},
+                      id, deadline);
+}
+
+TransferEngine::Submitted TransferEngine::SubmitScatter(
+    RegionId source, const std::vector<ScatterTarget>& targets,
+    std::optional<uint32_t> id, MaybeDeadline deadline) {
+  std::vector<Write> writes;
+  for (const ScatterTarget& target : targets) {
+    writes.push_back(
+        {&target.region,
+         {{target.source_offset, target.target_offset, target.length}}});
+  }
+  return SubmitWrites(
+      Label("scatter to " + std::to_string(targets.size()) + " targets", id),
+      source, std::move(writes), id, deadline);
+}
+
+// Fills in the peers of `writes`, and where their regions are mapped. Nothing
+// is begun if anything about one of them is wrong.
+Status TransferEngine::PrepareLocked(const LocalRegion& source,
+                                     std::optional<uint32_t> id,
+                                     std::vector<Write>* writes) {
+  JF_RETURN_IF_ERROR(CheckId(id));
+  for (Write& write : *writes) {
+    JF_ASSIGN_OR_RETURN(TransferPeer* const peer,
+                        FindOwnerLocked(*write.target));
+    const MrDesc& memory = write.target->memory;
+    if (memory.keys.size() != peer->address.domains.size()) {
+      return Status(StatusCode::kInvalidArgument,
+                    "the target region has " +
+                        std::to_string(memory.keys.size()) + " keys, but " +
+                        peer->address.Describe() + " has " +
+                        std::to_string(peer->address.domains.size()) +
+                        " NICs: its description is not one of that engine's");
+    }
+    for (const Piece& piece : write.pieces) {
+      if (!InRange(piece.local_offset, piece.length, source.length)) {
+        return OutOfRange("source", piece.local_offset, piece.length,
+                          source.length);
+      }
+      if (!InRange(piece.remote_offset, piece.length, memory.length)) {
+        return OutOfRange("target", piece.remote_offset, piece.length,
+                          memory.length);
+      }
+    }
+    write.peer = peer->name;
+    if (!caps_.direct_store) continue;
+    write.mapped = group_->DirectPointer(write.peer, memory, 0, memory.length);
+    if (write.mapped == nullptr) {
+      return Status(StatusCode::kNotFound,
+                    NameLocked(write.peer) +
+                        " has no such region (any more); was it unregistered?");
+    }
+  }
+  return OkStatus();
+}
+
+TransferEngine::Submitted TransferEngine::SubmitWrites(
+    std::string label, RegionId source, std::vector<Write> writes,
+    std::optional<uint32_t> id, MaybeDeadline deadline) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  auto found = registry_.Find(source);
+  if (!found.ok()) return found.status().Annotate(label);
+  MemoryRegistry::Region& region = **found;
+  const Status prepared = PrepareLocked(region.local, id, &writes);
+  if (!prepared.ok()) return prepared.Annotate(label);
+  if (writes.size() == 1) label += " to " + NameLocked(writes[0].peer);
+  JF_ASSIGN_OR_RETURN(
+      const SubmissionPtr submission,
+      BeginLocked(SubmissionKind::kWrites, std::move(label), deadline));
+  submission->id = id;
+  submission->region = source;
+  ++region.users;
+  for (const Write& write : writes) {
+    uint64_t bytes = 0;
+    for (const Piece& piece : write.pieces) bytes += piece.length;
+    submission->parts.push_back({write.peer, bytes, 0, true});
+  }
+  // One more, so that it does not end before the last is posted.
+  submission->open_parts = writes.size() + 1;
+  if (caps_.direct_store) {
+    // What is stored through the mapping only needs its count. Copies run side
+    // by side, and hold up nobody.
+    const std::byte* const from = region.local.base;
+    for (const Write& write : writes) ++copies_[write.peer];
+    lock.unlock();
+    for (Write& write : writes) {
+      for (const Piece& piece : write.pieces) {
+        std::memcpy(write.mapped + piece.remote_offset,
+                    from + piece.local_offset, piece.length);
+      }
+      write.pieces.clear();
+    }
+    lock.lock();
+    PostLocked(submission, {}, writes);
+    for (const Write& write : writes) EndCopyLocked(write.peer);
+  } else {
+    PostLocked(submission, region.local, writes);
+  }
+  // A write over shared memory has ended by now: no need to wait for the
+  // worker.
+  if (!submission->over) ProgressLocked();
+  return submission->future;
+}
+
+void TransferEngine::PostLocked(const SubmissionPtr& submission,
+                                const LocalRegion& local,
+                                const std::vector<Write>& writes) {
+  for (size_t i = 0; i < writes.size(); ++i) {
+    const Write& write = writes[i];
+    // It may have been stopped, or lost its peer, while it was copied.
+    if (submission->stopped_ns || !peers_.contains(write.peer)) {
+      EndPartLocked(submission, i,
+                    Status(StatusCode::kUnavailable,
+                           NameLocked(write.peer) + " was lost meanwhile"));
+      continue;
+    }
+    if (write.mapped != nullptr && !submission->id) {
+      EndPartLocked(submission, i, OkStatus());  // it was all in the copy
+      continue;
+    }
+    const auto posted = group_->SubmitWrite(
+        write.peer, local, write.target->memory, write.pieces, submission->id,
+        [this, submission, i](const Status& status) {
+          EndPartLocked(submission, i, status);
+        });
+    if (posted.ok()) {
+      submission->parts[i].handle = *posted;
+    } else {
+      EndPartLocked(submission, i, posted.status());
+    }
+  }
+  if (--submission->open_parts == 0) {
+    FinishLocked(submission,
+                 submission->part_failed ? submission->failure : OkStatus());
+  }
+}
+
+void TransferEngine::EndPartLocked(const SubmissionPtr& submission, size_t part,
+                                   const Status& status) {
+  Submission::Part& ended = submission->parts[part];
+  if (submission->over || !ended.open) return;
+  ended.open = false;
+  const auto found = peers_.find(ended.peer);
+  TransferPeer* const peer =
+      found == peers_.end() ? nullptr : found->second.get();
+  const bool is_write = submission->kind == SubmissionKind::kWrites;
+  if (!status.ok()) {
+    submission->part_failed = true;
+    if (submission->failure.ok()) {
+      submission->failure = status.Annotate(submission->future->label() + ": " +
+                                            NameLocked(ended.peer));
+      if (status.code() == StatusCode::kUnavailable) {
+        submission->lost = ended.peer;
+      }
+    }
+    if (is_write && peer != nullptr) ++peer->stats.transfers_failed;
+  } else if (peer != nullptr && is_write) {
+    ++peer->stats.transfers_sent;
+    peer->stats.transfer_bytes_sent += ended.bytes;
+    if (submission->id) ++peer->counted_transfers_sent;
+  }
+  if (--submission->open_parts == 0) {
+    FinishLocked(submission,
+                 submission->part_failed ? submission->failure : OkStatus());
+  }
+}
+
+TransferEngine::Submitted TransferEngine::SubmitSend(uint32_t name,
+                                                     std::string message,
+                                                     MaybeDeadline deadline) {
+  std::string label = "send of " + std::to_string(message.size()) + " bytes";
+  if (message.size() > kTransferMessageBytesMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  label + ": a message has up to " +
+                      std::to_string(kTransferMessageBytesMax) +
+                      " bytes; write what is larger into a region");
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto found = FindPeerLocked(name);
+  if (!found.ok()) return found.status().Annotate(label);
+  TransferPeer& peer = **found;
+  JF_ASSIGN_OR_RETURN(const SubmissionPtr submission,
+                      BeginLocked(SubmissionKind::kSend,
+                                  label + " to " + NameLocked(name), deadline));
+  std::vector<TransferFrame> frames =
+      CutIntoParts(peer.next_message++, message, group_->message_bytes_max());
+  ++peer.stats.messages_sent;
+  for (const TransferFrame& frame : frames) {
+    submission->parts.push_back({name, frame.body.size(), 0, true});
+  }
+  submission->open_parts = frames.size();
+  for (size_t i = 0; i < frames.size(); ++i) {
+    group_->SubmitSend(name, frames[i].Encode(),
+                       [this, submission, i](const Status& status) {
+                         EndPartLocked(submission, i, status);
+                       });
+  }
+  return submission->future;
+}
+
+// --- Barriers ---
+
+StatusOr<PeerGroupId> TransferEngine::AddPeerGroup(
+    std::vector<uint32_t> peers) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::unordered_set<uint32_t> seen;
+  for (const uint32_t peer : peers) {
+    JF_RETURN_IF_ERROR(
+        FindPeerLocked(peer).status().Annotate("add_peer_group"));
+    if (!seen.insert(peer).second) {
+      return Status(StatusCode::kInvalidArgument,
+                    "add_peer_group: " + NameLocked(peer) + " is there twice");
+    }
+  }
+  const PeerGroupId group = next_group_++;
+  groups_[group] = std::move(peers);
+  return group;
+}
+
+Status TransferEngine::RemovePeerGroup(PeerGroupId group) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (groups_.erase(group) > 0) return OkStatus();
+  return Status(StatusCode::kNotFound,
+                "there is no peer group " + std::to_string(group));
+}
+
+// A count under an id would not do: it has no source, so that the next barrier
+// of a fast member would stand for this one of a slow member.
+TransferEngine::Submitted TransferEngine::SubmitBarrier(
+    PeerGroupId group, uint32_t id, MaybeDeadline deadline) {
+  const std::string label = "barrier " + std::to_string(id);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto members = groups_.find(group);
+  if (members == groups_.end()) {
+    return Status(StatusCode::kNotFound,
+                  label + ": there is no peer group " + std::to_string(group));
+  }
+  for (const uint32_t name : members->second) {
+    auto peer = FindPeerLocked(name);
+    if (!peer.ok()) return peer.status().Annotate(label);
+    if ((*peer)->barriers.size() >= TransferPeer::kBarriersMax &&
+        !(*peer)->barriers.contains(id)) {
+      return Status(StatusCode::kResourceExhausted,
+                    label + ": there are 2^16 other barriers with " +
+                        NameLocked(name) + " already; use their ids again");
+    }
+  }
+  JF_ASSIGN_OR_RETURN(const SubmissionPtr submission,
+                      BeginLocked(SubmissionKind::kBarrier, label, deadline));
+  submission->id = id;
+  for (const uint32_t name : members->second) {
+    TransferPeer& peer = *peers_.at(name);
+    const uint64_t count = ++peer.barriers[id].ours;
+    submission->arrivals.push_back({name, count});
+    group_->SubmitSend(
+        name,
+        TransferFrame{
+            .type = TransferFrame::Type::kBarrier, .a = id, .b = count}
+            .Encode());
+  }
+  barriers_.push_back(submission);
+  CheckBarriersLocked();
+  return submission->future;
+}
+
+bool TransferEngine::BarrierMetLocked(const Submission& submission) const {
+  return std::all_of(
+      submission.arrivals.begin(), submission.arrivals.end(),
+      [&](const Submission::Arrival& arrival) {
+        const auto peer = peers_.find(arrival.peer);
+        return peer != peers_.end() &&
+               peer->second->barriers.at(*submission.id).theirs >=
+                   arrival.count;
+      });
+}
+
+void TransferEngine::CheckBarriersLocked() {
+  std::vector<SubmissionPtr> met;
+  for (const SubmissionPtr& barrier : barriers_) {
+    if (BarrierMetLocked(*barrier)) met.push_back(barrier);
+  }
+  for (const SubmissionPtr& barrier : met) FinishLocked(barrier, OkStatus());
+}
+
+// --- Counts ---
+
+TransferEngine::Submitted TransferEngine::ExpectImmCount(
+    uint32_t id, uint64_t transfers, std::vector<uint32_t> peers,
+    MaybeDeadline deadline) {
+  const std::string label = "wait for " + std::to_string(transfers) +
+                            " transfers under id " + std::to_string(id);
+  if (transfers > kTransfersMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  label + ": at most 2^40 at a time");
+  }
+  const Status valid = CheckId(id);
+  if (!valid.ok()) return valid.Annotate(label);
+  std::lock_guard<std::mutex> lock(mutex_);
+  // One that was lost before may have sent all of it: then there is no wait.
+  JF_ASSIGN_OR_RETURN(const SubmissionPtr submission,
+                      BeginLocked(SubmissionKind::kExpect, label, deadline));
+  submission->id = id;
+  submission->transfers = transfers;
+  submission->sources = std::move(peers);
+  submission->expectation = counters_.Expect(id, transfers, [this, submission] {
+    FinishLocked(submission, OkStatus());
+  });
+  if (submission->expectation == 0) {
+    FinishLocked(submission, OkStatus());
+    return submission->future;
+  }
+  for (const uint32_t peer : submission->sources) {
+    if (peers_.contains(peer)) continue;
+    StopLocked(submission,
+               Status(StatusCode::kUnavailable,
+                      label + ": " + FindPeerLocked(peer).status().message()));
+    break;
+  }
+  return submission->future;
+}
+
+}  // namespace jaxfabric

@@ -1,0 +1,76 @@
+#include "engine/watcher.h"
+
+#include <string>
+#include <utility>
+
+#include "base/elastic_pool.h"
+
+namespace jaxfabric {
+
+void Watcher::Bump(uint64_t by) {
+  word_->fetch_add(by, std::memory_order_release);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (doorbell_ != nullptr) doorbell_->Ring();
+}
+
+bool Watcher::Look() {
+  // Acquire: what the last call left in seen_.
+  if (running_.load(std::memory_order_acquire)) return false;
+  const uint64_t now = word_->load(std::memory_order_acquire);
+  if (now == seen_) return false;
+  running_.store(true, std::memory_order_relaxed);
+  ElasticPool::Get().Post([self = shared_from_this(), now] {
+    Callback callback;
+    {
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      callback = self->callback_;
+    }
+    if (callback) callback(self->seen_, now);
+    self->seen_ = now;
+    self->running_.store(false, std::memory_order_release);
+    // What came meanwhile rang while nobody would look.
+    std::lock_guard<std::mutex> lock(self->mutex_);
+    if (self->doorbell_ != nullptr) self->doorbell_->Ring();
+  });
+  return true;
+}
+
+void Watcher::Close() {
+  Callback dropped;  // destroyed after the lock is released
+  std::lock_guard<std::mutex> lock(mutex_);
+  doorbell_ = nullptr;
+  dropped.swap(callback_);
+}
+
+WatcherRegistry& WatcherRegistry::Get() {
+  // Never destroyed: programs may still bump while the process ends.
+  static WatcherRegistry* const registry = new WatcherRegistry();
+  return *registry;
+}
+
+void WatcherRegistry::Add(const std::shared_ptr<Watcher>& watcher) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  watchers_[watcher->id()] = watcher;
+}
+
+void WatcherRegistry::Remove(int64_t id) {
+  std::shared_ptr<Watcher> dropped;  // destroyed after the lock is released
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = watchers_.find(id);
+  if (found == watchers_.end()) return;
+  dropped = std::move(found->second);
+  watchers_.erase(found);
+}
+
+StatusOr<std::shared_ptr<Watcher>> WatcherRegistry::Find(int64_t id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = watchers_.find(id);
+  if (found == watchers_.end()) {
+    return Status(StatusCode::kNotFound,
+                  "there is no watcher " + std::to_string(id) +
+                      " (any more); it ends with its TransferEngine");
+  }
+  return found->second;
+}
+
+}  // namespace jaxfabric
