@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxfabric import _ffi
+
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_moe.py"
 TIMEOUT_S = 240
 COMPARED_STEPS = 50
@@ -23,10 +25,14 @@ pytest.importorskip("optax", reason="the example needs jaxfabric[examples]")
 
 
 def train(
-    folder: Path, *options: str, processes: int = 4, devices: int = 1
+    folder: Path,
+    *options: str,
+    processes: int = 4,
+    devices: int = 1,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Runs the example; returns its numbers, and its output as ``output``."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     launcher = ["-m", "jaxfabric._cli", "run", f"--processes={processes}"]
     launcher += [f"--devices-per-process={devices}", f"--timeout-s={TIMEOUT_S}"]
     numbers, picture = folder / "numbers.json", folder / "picture.png"
@@ -35,7 +41,7 @@ def train(
             *(sys.executable, "-P", *launcher, str(SCRIPT)),
             *(f"--json={numbers}", f"--picture={picture}", *options),
         ],
-        env=environment,
+        env=inherited | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -116,6 +122,23 @@ def test_same_losses_on_all_topologies(
         tmp_path, f"--steps={SHORT_STEPS}", processes=processes, devices=devices
     )
     np.testing.assert_array_equal(run["loss"], fabric["loss"][:SHORT_STEPS])
+
+
+@pytest.mark.parametrize("transport", ["ofi/tcp"])
+def test_same_losses_over_a_network(
+    fabric: dict[str, Any], tmp_path: Path, transport: str
+) -> None:
+    """To the bit: a row is the same row, and sums have one order, on any NIC."""
+    for name, state, reason, _ in _ffi.transport_states():
+        if name == transport and state != "usable":
+            pytest.skip(f"{transport}: {state}: {reason}")
+    run = train(
+        tmp_path,
+        f"--steps={SHORT_STEPS}",
+        environment={"JAXFABRIC_TRANSPORT": transport},
+    )
+    np.testing.assert_array_equal(run["loss"], fabric["loss"][:SHORT_STEPS])
+    np.testing.assert_array_equal(run["loads"], fabric["loads"][:SHORT_STEPS])
 
 
 @pytest.mark.slow

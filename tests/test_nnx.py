@@ -188,11 +188,15 @@ def test_nnx_scan_over_layers() -> None:
     np.testing.assert_allclose(nnx.jit(stack)(layers, x), want, rtol=1e-5, atol=1e-5)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "given",
     [
-        *(pytest.param(g, marks=pytest.mark.slow) for g in ("argument", "both")),
         "context",
+        pytest.param("argument", marks=SLOW),
+        pytest.param("both", marks=SLOW),
     ],
 )
 def test_explicit_mesh(given: str) -> None:

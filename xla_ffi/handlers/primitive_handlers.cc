@@ -1,6 +1,9 @@
-// put, scatter, wait, barrier, exchange.
+// put, put_pages, scatter, wait, barrier, exchange.
 
 #include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "engine/immediate.h"
 #include "handlers/call.h"
@@ -64,6 +67,16 @@ StatusOr<Window> FindWindow(const Fabric& fabric, int64_t index) {
   return fabric.windows[static_cast<size_t>(index)];
 }
 
+// The rank at `position` on the call's axis.
+StatusOr<uint32_t> RankAt(const Call& call, int64_t position) {
+  if (position >= static_cast<int64_t>(call.group.ranks.size())) {
+    return Status(StatusCode::kOutOfRange,
+                  "dst=" + std::to_string(position) + " on an axis of size " +
+                      std::to_string(call.group.ranks.size()));
+  }
+  return call.group.ranks[static_cast<size_t>(position)];
+}
+
 // Where one contiguous part of `x` goes.
 struct Target {
   int64_t position;  // on the axis; negative: nowhere
@@ -75,12 +88,7 @@ struct Target {
 Status PutOne(const Call& call, const Window& window, const Target& target,
               uint64_t item_bytes, uint32_t slot) {
   if (target.position < 0) return OkStatus();
-  if (target.position >= static_cast<int64_t>(call.group.ranks.size())) {
-    return Status(StatusCode::kOutOfRange,
-                  "dst=" + std::to_string(target.position) +
-                      " on an axis of size " +
-                      std::to_string(call.group.ranks.size()));
-  }
+  JF_ASSIGN_OR_RETURN(const uint32_t rank, RankAt(call, target.position));
   const uint64_t items = window.bytes / item_bytes;
   const uint64_t count = target.bytes / item_bytes;
   if (target.offset < 0 || count > items ||
@@ -92,11 +100,53 @@ Status PutOne(const Call& call, const Window& window, const Target& target,
                       "of " +
                       std::to_string(items) + " elements");
   }
-  call.endpoint->Put(
-      call.group.ranks[static_cast<size_t>(target.position)],
-      window.offset + static_cast<uint64_t>(target.offset) * item_bytes,
-      target.source, target.bytes, slot, call.operation);
+  const uint64_t at =
+      window.offset + static_cast<uint64_t>(target.offset) * item_bytes;
+  call.endpoint->Put(rank, {{target.source, at, target.bytes}}, slot,
+                     call.operation);
   return OkStatus();
+}
+
+// Pages of an operand, and the pages of the window that they go to.
+struct PageList {
+  const std::byte* pages;
+  uint64_t page_bytes;
+  uint64_t source_pages;
+  std::span<const int32_t> source;
+  std::span<const int32_t> destination;
+};
+
+StatusOr<std::vector<WindowPart>> PartsOf(const PageList& list,
+                                          const Window& window) {
+  const auto window_pages = static_cast<int64_t>(
+      list.page_bytes == 0 ? 0 : window.bytes / list.page_bytes);
+  std::vector<WindowPart> parts;
+  std::vector<bool> written(static_cast<size_t>(window_pages));
+  for (size_t i = 0; i < list.source.size(); ++i) {
+    const int64_t from = list.source[i];
+    const int64_t to = list.destination[i];
+    if (from < 0 || to < 0) continue;  // padding of a static length
+    if (from >= static_cast<int64_t>(list.source_pages) || to >= window_pages) {
+      return Status(StatusCode::kOutOfRange,
+                    "entry " + std::to_string(i) + ": page " +
+                        std::to_string(from) + " of " +
+                        std::to_string(list.source_pages) + " into page " +
+                        std::to_string(to) + " of " +
+                        std::to_string(window_pages));
+    }
+    if (written[static_cast<size_t>(to)]) {
+      return Status(StatusCode::kInvalidArgument,
+                    "dst_idx holds page " + std::to_string(to) +
+                        " twice; writes have no order, so that either could "
+                        "be the last");
+    }
+    written[static_cast<size_t>(to)] = true;
+    parts.push_back(
+        {list.pages + static_cast<uint64_t>(from) * list.page_bytes,
+         window.offset + static_cast<uint64_t>(to) * list.page_bytes,
+         list.page_bytes});
+  }
+  return parts;
 }
 
 uint64_t ItemBytes(const ffi::AnyBuffer& x) {
@@ -138,6 +188,36 @@ ffi::Future Scatter(int32_t device, ffi::RunId run_id, PutAttributes attributes,
               PutOne(call, window, target, ItemBytes(x),
                      WindowSlot(attributes.window, attributes.id)));
         }
+        return OkStatus();
+      });
+}
+
+ffi::Future PutPages(int32_t device, ffi::RunId run_id,
+                     PutAttributes attributes, Position position, Buffer pages,
+                     ffi::Buffer<ffi::S32> source,
+                     ffi::Buffer<ffi::S32> destination,
+                     ffi::Buffer<ffi::S32> dst, Buffer token,
+                     Result token_out) {
+  return RunCall(
+      {device, run_id, position}, attributes, [&](const Call& call) -> Status {
+        PassToken(token, token_out);
+        JF_ASSIGN_OR_RETURN(const Window window,
+                            FindWindow(*call.fabric, attributes.window));
+        const int64_t target = dst.typed_data()[0];
+        if (target < 0) return OkStatus();
+        JF_ASSIGN_OR_RETURN(const uint32_t rank, RankAt(call, target));
+        const auto count = static_cast<uint64_t>(pages.dimensions()[0]);
+        const PageList list = {
+            static_cast<const std::byte*>(pages.untyped_data()),
+            count == 0 ? 0 : pages.size_bytes() / count,
+            count,
+            {source.typed_data(), source.element_count()},
+            {destination.typed_data(), destination.element_count()}};
+        JF_ASSIGN_OR_RETURN(std::vector<WindowPart> parts,
+                            PartsOf(list, window));
+        call.endpoint->Put(rank, std::move(parts),
+                           WindowSlot(attributes.window, attributes.id),
+                           call.operation);
         return OkStatus();
       });
 }
@@ -266,6 +346,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricPut, Put,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricScatter, Scatter,
                               BindCall<PutAttributes>()
                                   .Arg<Buffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricPutPages, PutPages,
+                              BindCall<PutAttributes>()
+                                  .Arg<Buffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<Buffer>()
                                   .Ret<Buffer>());
