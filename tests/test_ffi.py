@@ -26,7 +26,7 @@ def test_an_old_jaxlib_is_refused_before_anything_is_registered(
 ) -> None:
     registered: list[str] = []
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: registered)
-    monkeypatch.setattr(_ffi, "_runtime_ffi_api", lambda: (0, 1))
+    monkeypatch.setattr(_ffi, "runtime_ffi_api", lambda: (0, 1))
     _ffi.register_targets.cache_clear()
     with pytest.raises(ImportError, match=r"0\.3, but jaxlib .* has 0\.1.*pip install"):
         _ffi.register_targets()
@@ -37,19 +37,19 @@ def test_an_old_jaxlib_is_refused_before_anything_is_registered(
 def test_the_same_a_newer_and_an_unknown_jaxlib_are_taken(
     fresh: None, monkeypatch: pytest.MonkeyPatch, running: tuple[int, int] | None
 ) -> None:
-    monkeypatch.setattr(_ffi, "_runtime_ffi_api", lambda: running)
+    monkeypatch.setattr(_ffi, "runtime_ffi_api", lambda: running)
     assert _ffi.native() is not None
 
 
 def test_the_version_of_the_running_jaxlib_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    found = _ffi._runtime_ffi_api()
+    found = _ffi.runtime_ffi_api()
     assert found is not None
     assert found >= (0, 3)
     # A jaxlib without headers is not refused.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert _ffi._runtime_ffi_api() is None
+    assert _ffi.runtime_ffi_api() is None
 
 
 def test_a_missing_native_module_says_how_to_get_it(

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from jaxfabric._cli import _bench_app
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -17,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="One-sided communication for jax.jit programs: start and test them.",
 )
+app.add_typer(_bench_app.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -125,3 +128,27 @@ def run(
             )
         )
     )
+
+
+_DOCTOR_HELP = """Look at this machine: what works, what does not, and the repair.
+
+A table of PASS, WARN, FAIL and SKIP: versions and their FFI API, each transport
+(not built, library missing, no device, usable), the limits that bite
+(locked memory, /dev/shm, ptrace, XLA's threads), NICs and NUMA nodes. The exit
+code is 1 if anything FAILs, which means that jaxfabric cannot work here.
+
+\b
+  jaxfabric doctor
+  jaxfabric doctor --json | jq '.[] | select(.verdict != "PASS")'
+"""
+
+
+@app.command(help=_DOCTOR_HELP)
+def doctor(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of objects instead.")
+    ] = False,
+) -> None:
+    from jaxfabric._cli import _doctor_table
+
+    raise typer.Exit(_doctor_table.show(as_json))

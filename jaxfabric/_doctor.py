@@ -1,0 +1,237 @@
+"""What works on this machine, what does not, and the line that repairs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxfabric import _ffi
+from jaxfabric._config import POOL_THREADS_MIN, THREADS_PER_DEVICE, config
+
+_MEBIBYTE = 1 << 20
+# Less shared memory than this does not hold what one prefill step writes.
+_SHARED_MEMORY_MIN = 1 << 30
+# NICs pin what they write; less than this ends in registration errors.
+_LOCKED_MEMORY_MIN = 1 << 30
+
+
+class Verdict(enum.StrEnum):
+    """How a check ended; only FAIL means that jaxfabric cannot work here."""
+
+    PASS = "PASS"
+    WARN = "WARN"
+    FAIL = "FAIL"
+    SKIP = "SKIP"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+      name: what was looked at.
+      verdict: how it ended.
+      found: what was found, in one line.
+      fix: the command or setting that repairs it; empty for PASS.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    fix: str = ""
+
+
+def examine(root: pathlib.Path = pathlib.Path("/")) -> list[Check]:
+    """All checks, in the order in which a new user would meet the problems.
+
+    Args:
+      root: where ``proc`` and ``sys`` lie.
+
+    Example::
+
+      [c.fix for c in examine() if c.verdict is Verdict.FAIL]   # [] if it can work
+    """
+    needed = [_native_module(), _settings()]
+    checks = [_python(), _jax(), *needed]
+    if all(check.verdict is Verdict.PASS for check in needed):
+        checks += _transports()
+    checks += [_xla_pool(), _shared_memory(), _locked_memory(), _ptrace(root)]
+    checks += [*_nics(root), _numa(root)]
+    return checks
+
+
+def _python() -> Check:
+    return Check("python", Verdict.PASS, f"{platform.python_version()}")
+
+
+def _jax() -> Check:
+    try:
+        versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib")]
+    except importlib.metadata.PackageNotFoundError as missing:
+        return Check(
+            *("jax", Verdict.FAIL, f"{missing.name} is not installed"),
+            fix="pip install 'jax>=0.9.1'",
+        )
+    return Check("jax", Verdict.PASS, ", ".join(versions))
+
+
+def _native_module() -> Check:
+    try:
+        built = _ffi.native().ffi_api_version()
+    except ImportError as error:
+        return Check("native module", Verdict.FAIL, str(error), fix="pip install .")
+    running = _ffi.runtime_ffi_api()
+    now = "unknown" if running is None else f"{running[0]}.{running[1]}"
+    found = f"built for XLA FFI {built[0]}.{built[1]}, jaxlib has {now}"
+    return Check("native module", Verdict.PASS, found)
+
+
+def _transports() -> Iterator[Check]:
+    for name, state, reason, fix in _ffi.transport_states():
+        verdict = Verdict.PASS if state == "usable" else Verdict.SKIP
+        yield Check(f"transport {name}", verdict, f"{state}: {reason}", fix)
+
+
+def _xla_pool() -> Check:
+    text = os.environ.get("PJRT_NPROC", "")
+    found = f"PJRT_NPROC={text or '(unset)'}, {os.cpu_count()} cores"
+    if text.isdigit() and int(text) < min(POOL_THREADS_MIN, os.cpu_count() or 1):
+        return Check(
+            *("XLA's threads", Verdict.WARN, found),
+            fix=f"export PJRT_NPROC={POOL_THREADS_MIN} "
+            f"(at least {THREADS_PER_DEVICE} for each device of a process)",
+        )
+    return Check("XLA's threads", Verdict.PASS, found)
+
+
+def _shared_memory() -> Check:
+    name = "/dev/shm"
+    try:
+        usage = shutil.disk_usage(name)
+    except OSError as error:
+        return Check(
+            *(name, Verdict.WARN, f"cannot be read: {error.strerror}"),
+            fix="mount -t tmpfs tmpfs /dev/shm",
+        )
+    found = f"{usage.free // _MEBIBYTE} MiB free of {usage.total // _MEBIBYTE} MiB"
+    if usage.free >= _SHARED_MEMORY_MIN:
+        return Check(name, Verdict.PASS, found)
+    # jaxfabric's own memory is memfds; it is XLA, gloo and others that use it.
+    return Check(
+        *(name, Verdict.WARN, found),
+        fix="docker run --shm-size=8g, or in Kubernetes an emptyDir with medium: "
+        "Memory mounted at /dev/shm",
+    )
+
+
+def _locked_memory() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Check("locked memory", Verdict.PASS, "unlimited")
+    limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard >> 10} KiB"
+    found = f"{soft >> 10} KiB, may be raised to {limit}"
+    if soft >= _LOCKED_MEMORY_MIN:
+        return Check("locked memory", Verdict.PASS, found)
+    return Check(
+        *("locked memory", Verdict.WARN, f"{found}; only NICs need it"),
+        fix="ulimit -l unlimited (docker run --ulimit memlock=-1)",
+    )
+
+
+def _ptrace(root: pathlib.Path) -> Check:
+    scope = _read(root / "proc/sys/kernel/yama/ptrace_scope")
+    if scope in ("", "0"):
+        return Check("ptrace", Verdict.PASS, f"ptrace_scope {scope or '(no yama)'}")
+    return Check(
+        *("ptrace", Verdict.WARN, f"ptrace_scope {scope}: libfabric's shm copies"),
+        fix="sysctl kernel.yama.ptrace_scope=0 (only for transport='ofi/shm')",
+    )
+
+
+def _settings() -> Check:
+    try:
+        values = dataclasses.asdict(config.settings)
+    except ValueError as error:
+        name = str(error).partition("=")[0]
+        return Check("settings", Verdict.FAIL, str(error), fix=f"unset {name}")
+    shown = [f"{key}={value}" for key, value in values.items() if value is not None]
+    return Check("settings", Verdict.PASS, ", ".join(shown))
+
+
+def _nics(root: pathlib.Path) -> Iterator[Check]:
+    found = [
+        *_devices(root / "sys/class/net", _net_device),
+        *_devices(root / "sys/class/infiniband", _rdma_device),
+    ]
+    if not found:
+        yield Check("NICs", Verdict.SKIP, "none", "one host needs none: transport shm")
+    yield from found
+
+
+def _devices(
+    folder: pathlib.Path, describe: Callable[[pathlib.Path], Check]
+) -> list[Check]:
+    try:
+        return [describe(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    except OSError:
+        return []
+
+
+def _net_device(path: pathlib.Path) -> Check:
+    state = _read(path / "operstate") or "unknown"
+    speed = _read(path / "speed")
+    parts = [state, f"MTU {_read(path / 'mtu')}"]
+    if speed.isdigit():
+        parts.append(f"{speed} Mbit/s")
+    parts.append(_numa_node(path))
+    usable = state in ("up", "unknown")  # loopback and tunnels say unknown
+    return Check(
+        f"NIC {path.name}",
+        Verdict.PASS if usable else Verdict.WARN,
+        ", ".join(part for part in parts if part),
+        "" if usable else f"ip link set {path.name} up",
+    )
+
+
+def _rdma_device(path: pathlib.Path) -> Check:
+    ports = sorted((path / "ports").glob("*"))
+    states = [f"port {port.name} {_read(port / 'state')}" for port in ports]
+    down = any("ACTIVE" not in state for state in states)
+    return Check(
+        f"RDMA device {path.name}",
+        Verdict.WARN if down else Verdict.PASS,
+        ", ".join([*states, _numa_node(path)]).strip(", "),
+        f"rdma link show; ibv_devinfo -d {path.name}" if down else "",
+    )
+
+
+def _numa_node(path: pathlib.Path) -> str:
+    node = _read(path / "device/numa_node")
+    return "" if node in ("", "-1") else f"NUMA node {node}"
+
+
+def _numa(root: pathlib.Path) -> Check:
+    nodes = sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
+    cores = [f"{n.name[4:]}: cores {_read(n / 'cpulist')}" for n in nodes]
+    return Check("NUMA nodes", Verdict.PASS, "; ".join(cores) or "not told")
+
+
+def _read(path: pathlib.Path) -> str:
+    """A line of the kernel's, or nothing where it does not say."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def to_json(checks: list[Check]) -> list[dict[str, Any]]:
+    """The table for machines: one object per check, keys as of `Check`."""
+    return [dataclasses.asdict(check) for check in checks]

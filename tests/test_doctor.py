@@ -1,0 +1,118 @@
+"""doctor: what it finds on machines of all kinds, and that it says how to repair."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import shutil
+from typing import Any
+
+import pytest
+from ranks import run_child
+
+from jaxfabric import _doctor, _ffi
+from jaxfabric._config import config
+from jaxfabric._doctor import Verdict
+
+
+def found(root: pathlib.Path) -> dict[str, _doctor.Check]:
+    return {check.name: check for check in _doctor.examine(root)}
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def test_the_command_prints_every_check_of_this_machine() -> None:
+    table = run_child("-m", "jaxfabric._cli", "doctor")
+    objects = json.loads(run_child("-m", "jaxfabric._cli", "doctor", "--json"))
+    names = [o["name"] for o in objects]
+    for name in ("python", "jax", "native module", "transport shm", "/dev/shm"):
+        assert name in names
+        assert name in table
+    assert {o["verdict"] for o in objects} <= {v.value for v in Verdict}
+    # Whatever is not right has a fix beside it, and only that.
+    for o in objects:
+        assert bool(o["fix"]) == (o["verdict"] != "PASS"), o
+
+
+def test_nics_and_numa_nodes(tmp_path: pathlib.Path) -> None:
+    net = tmp_path / "sys/class/net"
+    write(net / "eth0/operstate", "up")
+    write(net / "eth0/speed", "100000")
+    write(net / "eth0/mtu", "9001")
+    write(net / "eth0/device/numa_node", "1")
+    write(net / "eth1/operstate", "down")
+    write(net / "bonding_masters", "not a device")
+    write(tmp_path / "sys/class/infiniband/mlx5_0/ports/1/state", "4: ACTIVE")
+    write(tmp_path / "sys/class/infiniband/mlx5_1/ports/1/state", "1: DOWN")
+    write(tmp_path / "sys/devices/system/node/node0/cpulist", "0-3")
+    write(tmp_path / "sys/devices/system/node/node1/cpulist", "4-7")
+    checks = found(tmp_path)
+    eth0 = checks["NIC eth0"]
+    assert eth0.verdict is Verdict.PASS
+    assert eth0.found == "up, MTU 9001, 100000 Mbit/s, NUMA node 1"
+    assert checks["NIC eth1"].verdict is Verdict.WARN
+    assert checks["NIC eth1"].fix == "ip link set eth1 up"
+    assert "NIC bonding_masters" not in checks
+    assert checks["RDMA device mlx5_0"].verdict is Verdict.PASS
+    assert checks["RDMA device mlx5_1"].verdict is Verdict.WARN
+    assert checks["NUMA nodes"].found == "0: cores 0-3; 1: cores 4-7"
+
+
+def test_a_machine_that_says_nothing(tmp_path: pathlib.Path) -> None:
+    checks = found(tmp_path)
+    assert checks["NICs"].verdict is Verdict.SKIP
+    assert checks["ptrace"].verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("soft", "verdict"),
+    [
+        (64 << 10, Verdict.WARN),
+        (2 << 30, Verdict.PASS),
+        (resource.RLIM_INFINITY, Verdict.PASS),
+    ],
+)
+def test_locked_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, soft: int, verdict: str
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    assert found(tmp_path)["locked memory"].verdict is verdict
+
+
+def test_a_small_shared_memory_and_a_closed_ptrace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    usage = shutil._ntuple_diskusage(64 << 20, 0, 64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    write(tmp_path / "proc/sys/kernel/yama/ptrace_scope", "1")
+    checks = found(tmp_path)
+    assert checks["/dev/shm"].verdict is Verdict.WARN
+    assert "--shm-size" in checks["/dev/shm"].fix
+    assert checks["ptrace"].verdict is Verdict.WARN
+
+
+def test_a_native_module_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def broken() -> Any:
+        raise ImportError("built for XLA FFI API 0.9")
+
+    monkeypatch.setattr(_ffi, "native", broken)
+    checks = found(tmp_path)
+    assert checks["native module"].verdict is Verdict.FAIL
+    assert checks["native module"].found == "built for XLA FFI API 0.9"
+    assert "transport shm" not in checks
+
+
+def test_a_setting_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("JAXFABRIC_TIMEOUT_S", "soon")
+    monkeypatch.setattr(config, "_settings", None)
+    check = found(tmp_path)["settings"]
+    assert check.verdict is Verdict.FAIL
+    assert check.fix == "unset JAXFABRIC_TIMEOUT_S"
