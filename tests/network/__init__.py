@@ -1,0 +1,1 @@
+"""Engines over networks: namespaces with limited links, software EFA devices."""

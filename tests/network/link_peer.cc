@@ -1,0 +1,236 @@
+// One end of a TransferEngine under test, driven by lines on standard input.
+//
+//   link_peer PROVIDER NIC[,NIC...] BYTES LIBRARY
+//
+// Opens an engine over ofi/PROVIDER with one region of BYTES, prints its
+// address and the region's, then answers each line with one line of JSON:
+//
+//   connect ADDRESS REGION TIMEOUT_S  to the other end, as it printed them
+//   fill SEED                         the region, by a pattern
+//   write ID COUNT TIMEOUT_S          the region to the other end's, COUNT
+//   times expect ID COUNT TIMEOUT_S         as many transfers from the other
+//   end check SEED                        that the region holds the pattern
+//   stats                             bytes written by each NIC
+//
+// tests/network/link_pair.py starts two of them and joins them by pipes, so
+// that they need no network but the one under test.
+
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "engine/transfer_engine.h"
+#include "transport/ofi.h"
+
+namespace jaxfabric {
+namespace {
+
+std::string ToHex(std::string_view bytes) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string hex;
+  for (const char byte : bytes) {
+    hex += kDigits[static_cast<uint8_t>(byte) >> 4];
+    hex += kDigits[byte & 15];
+  }
+  return hex;
+}
+
+std::string FromHex(const std::string& hex) {
+  std::string bytes;
+  for (size_t i = 0; i + 1 < hex.size(); i += 2) {
+    bytes += static_cast<char>(std::stoi(hex.substr(i, 2), nullptr, 16));
+  }
+  return bytes;
+}
+
+std::string Quoted(std::string_view text) {
+  std::string json = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') json += '\\';
+    json += c == '\n' ? ' ' : c;
+  }
+  return json + "\"";
+}
+
+// What stands at byte 8 * i of a region that was filled with `seed`.
+uint64_t PatternWord(uint64_t seed, uint64_t i) {
+  return (i + seed * 0x9e37'79b9'7f4a'7c15) * 0xd6e8'feb8'6659'fd93;
+}
+
+class LinkPeer {
+ public:
+  LinkPeer(std::unique_ptr<TransferEngine> engine, uint64_t bytes)
+      : engine_(std::move(engine)),
+        region_(*engine_->AllocateMemory(bytes)),
+        memory_(engine_->Memory(region_)) {}
+
+  std::string Introduction() {
+    return "{\"address\": " + Quoted(ToHex(engine_->address())) +
+           ", \"region\": " +
+           Quoted(ToHex(engine_->Describe(region_)->Encode())) + "}";
+  }
+
+  // Returns the outcome; `extra` is added to the answer's JSON object.
+  Status Obey(const std::string& line, std::string* extra) {
+    std::istringstream words(line);
+    std::string command;
+    words >> command;
+    if (command == "connect") return Connect(words);
+    if (command == "write") return Write(words, extra);
+    if (command == "expect") return Expect(words);
+    if (command == "stats") return Stats(extra);
+    uint64_t seed = 0;  // or an id
+    words >> seed;
+    if (command == "fill") return Fill(seed);
+    if (command == "check") return Check(seed);
+    if (command == "count") {
+      *extra = ", \"count\": " + std::to_string(engine_->ImmCount(seed));
+      return OkStatus();
+    }
+    return Status(StatusCode::kInvalidArgument, "no command \"" + line + "\"");
+  }
+
+ private:
+  Status WaitFor(const TransferEngine::Submitted& submitted,
+                 Deadline deadline) {
+    JF_RETURN_IF_ERROR(submitted.status());
+    // The engine ends its operations by their deadline; a little more shows one
+    // that does not.
+    constexpr int64_t kGraceNs = 5'000'000'000;
+    const auto outcome = (*submitted)
+                             ->Wait(Deadline::AfterNanoseconds(
+                                 deadline.RemainingNanoseconds() + kGraceNs));
+    if (!outcome.has_value()) {
+      return Status(StatusCode::kInternal,
+                    (*submitted)->label() + " outlived its deadline");
+    }
+    return *outcome;
+  }
+
+  Status Connect(std::istringstream& words) {
+    std::string address, region;
+    double timeout_s = 0;
+    words >> address >> region >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    JF_ASSIGN_OR_RETURN(target_, RegionAddress::Decode(FromHex(region)));
+    return WaitFor(engine_->Connect(FromHex(address), deadline), deadline);
+  }
+
+  Status Write(std::istringstream& words, std::string* extra) {
+    uint32_t id = 0;
+    int count = 0;
+    double timeout_s = 0;
+    words >> id >> count >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    std::vector<TransferEngine::Submitted> writes;
+    for (int i = 0; i < count; ++i) {
+      writes.push_back(engine_->SubmitSingleWrite(
+          region_, 0, target_, 0, memory_->size(), id, deadline));
+    }
+    Status first;
+    int written = 0;
+    for (const auto& write : writes) {
+      const Status status = WaitFor(write, deadline);
+      if (status.ok()) ++written;
+      if (first.ok()) first = status;
+    }
+    *extra = ", \"written\": " + std::to_string(written);
+    return first;
+  }
+
+  Status Expect(std::istringstream& words) {
+    uint32_t id = 0;
+    uint64_t count = 0;
+    double timeout_s = 0;
+    words >> id >> count >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    return WaitFor(engine_->ExpectImmCount(id, count, {}, deadline), deadline);
+  }
+
+  Status Fill(uint64_t seed) {
+    for (uint64_t i = 0; i < memory_->size() / 8; ++i) {
+      const uint64_t word = PatternWord(seed, i);
+      std::memcpy(memory_->data() + 8 * i, &word, sizeof(word));
+    }
+    return OkStatus();
+  }
+
+  Status Check(uint64_t seed) {
+    for (uint64_t i = 0; i < memory_->size() / 8; ++i) {
+      const uint64_t word = PatternWord(seed, i);
+      if (std::memcmp(memory_->data() + 8 * i, &word, sizeof(word)) == 0) {
+        continue;
+      }
+      return Status(StatusCode::kDataLoss,
+                    "wrong bytes at offset " + std::to_string(8 * i));
+    }
+    return OkStatus();
+  }
+
+  Status Stats(std::string* extra) {
+    *extra = ", \"nic_bytes\": [";
+    for (const DomainStats& nic : engine_->stats().nics) {
+      if (extra->back() != '[') *extra += ", ";
+      *extra += std::to_string(nic.write_bytes);
+    }
+    *extra += "]";
+    return OkStatus();
+  }
+
+  std::unique_ptr<TransferEngine> engine_;
+  RegionId region_;
+  std::shared_ptr<SharedMemory> memory_;
+  RegionAddress target_;
+};
+
+StatusOr<std::unique_ptr<TransferEngine>> OpenEngine(char** argv) {
+  OfiOptions transport_options;
+  transport_options.provider = argv[1];
+  std::istringstream nics(argv[2]);
+  for (std::string nic; std::getline(nics, nic, ',');) {
+    transport_options.nics.push_back(nic);
+  }
+  transport_options.library = argv[4];
+  transport_options.job_secret = "link_peer";
+  TransferEngineOptions options;
+  options.job = options.token = options.name = "link_peer";
+  options.nics = transport_options.nics.size();
+  JF_ASSIGN_OR_RETURN(auto transport, OpenOfiTransport(transport_options));
+  return TransferEngine::Open(options, std::move(transport));
+}
+
+int Main(int argc, char** argv) {
+  if (argc != 5) {
+    std::fprintf(stderr, "link_peer PROVIDER NIC[,NIC...] BYTES LIBRARY\n");
+    return 2;
+  }
+  auto engine = OpenEngine(argv);
+  if (!engine.ok()) {
+    std::fprintf(stderr, "%s\n", engine.status().message().c_str());
+    return 1;
+  }
+  LinkPeer peer(*std::move(engine), std::strtoull(argv[3], nullptr, 10));
+  std::printf("%s\n", peer.Introduction().c_str());
+  std::fflush(stdout);
+  for (std::string line; std::getline(std::cin, line);) {
+    const int64_t begin_ns = MonotonicNanoseconds();
+    std::string extra;
+    const Status status = peer.Obey(line, &extra);
+    std::printf("{\"seconds\": %.6f, \"error\": %s%s}\n",
+                (MonotonicNanoseconds() - begin_ns) * 1e-9,
+                status.ok() ? "null" : Quoted(status.message()).c_str(),
+                extra.c_str());
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace jaxfabric
+
+int main(int argc, char** argv) { return jaxfabric::Main(argc, argv); }

@@ -1,0 +1,160 @@
+"""libfabric's own `efa` provider, on software EFA devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from network.link_pair import PROGRAM, link_pair
+from network.softefa import SoftEfa
+
+CONFORMANCE = Path("tests/cpp/ofi_test")
+REGION_BYTES = 8 << 20
+
+BOTH = ("efa", "efa-direct")
+# What a device may be like: settings of tests/softefa/settings.h.
+DEVICES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "two-nics": {"nics": 2},
+    "four-nics-chaos": {"nics": 4, "chaos": 1},
+    "small-queues-chaos": {"sq": 16, "rq": 64, "chaos": 2},
+    "immediates-consume-receives": {"unsolicited": 0, "chaos": 3},
+    "paced": {"gbps": 8},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("provider", BOTH)
+def test_conformance(
+    softefa_build: Path, libfabric: str, provider: str, device: str
+) -> None:
+    _conform(softefa_build, libfabric, provider, DEVICES[device])
+
+
+def test_conformance_without_rdma(softefa_build: Path, libfabric: str) -> None:
+    # `efa` then moves bytes by messages of its own; efa-direct does not exist.
+    _conform(softefa_build, libfabric, "efa", {"rdma": 0, "chaos": 4})
+
+
+def test_conformance_with_short_writes(softefa_build: Path, libfabric: str) -> None:
+    _conform(softefa_build, libfabric, "efa-direct", {"max_rdma": 1 << 20})
+
+
+def _conform(
+    build: Path, libfabric: str, provider: str, device: dict[str, int]
+) -> None:
+    with SoftEfa(build, **device) as network:
+        variables = network.environment() | {
+            "JAXFABRIC_LIBFABRIC": libfabric,
+            "JAXFABRIC_TEST_OFI_PROVIDER": provider,
+        }
+        run = subprocess.run(
+            [str(build / CONFORMANCE), "--gtest_brief=1"],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+    assert run.returncode == 0, run.stdout
+    # Without a device the program would have passed, too.
+    assert "without a device" not in run.stdout, run.stdout
+
+
+def _pair(build: Path, libfabric: str, provider: str, network: SoftEfa):
+    program = [str(build / PROGRAM), provider, ",".join(network.nic_names)]
+    command = [*program, str(REGION_BYTES), libfabric]
+    environments = (network.environment(host=1), network.environment(host=2))
+    return link_pair((command, command), REGION_BYTES, environments)
+
+
+@pytest.mark.parametrize("provider", BOTH)
+def test_four_paced_nics_carry_four_times_as_much_as_one(
+    softefa_build: Path, libfabric: str, provider: str
+) -> None:
+    speedups = []
+    with (
+        SoftEfa(softefa_build, nics=1, gbps=1) as one,
+        SoftEfa(softefa_build, nics=4, gbps=1) as four,
+        _pair(softefa_build, libfabric, provider, one) as single,
+        _pair(softefa_build, libfabric, provider, four) as group,
+    ):
+        for id in range(1, 4):  # 2 s each, so that start and end are short
+            base = single.transfer(id, count=30)
+            speedups.append(group.transfer(id, count=120) / base)
+    print(f"speed-ups: {[round(speedup, 3) for speedup in speedups]}")
+    # The best: other work on the machine can only take away.
+    assert max(speedups) >= 3.95
+
+
+@pytest.mark.parametrize("provider", BOTH)
+def test_a_slow_nic_slows_only_itself(
+    softefa_build: Path, libfabric: str, provider: str
+) -> None:
+    rates = (1, 1, 1, 0.25)
+    with (
+        SoftEfa(softefa_build, nics=4, gbps=",".join(map(str, rates))) as network,
+        _pair(softefa_build, libfabric, provider, network) as pair,
+    ):
+        # 1.5 s each, so that the end, where only the slow one is busy, is short.
+        rate = [pair.transfer(id, count=72) * 8e-9 for id in range(1, 4)]
+    print(f"shares: {[round(r / sum(rates), 3) for r in rate]}")
+    assert max(rate) >= 0.95 * sum(rates)
+
+
+@pytest.mark.parametrize("state", ["down", "unacked", "late", "dying"])
+def test_a_nic_that_fails_in_mid_transfer_is_never_counted_twice(
+    softefa_build: Path, libfabric: str, state: str
+) -> None:
+    count = 12  # 0.2 s
+    with (
+        SoftEfa(softefa_build, nics=4, gbps=1) as network,
+        _pair(softefa_build, libfabric, "efa-direct", network) as pair,
+    ):
+        pair.writer.ask("fill 1").check()
+        pair.begin(1, count, timeout_s=5)
+        time.sleep(0.05)
+        network.set_faults(f"1 2 {state}")
+        written = pair.writer.answer(5)
+        received = pair.receiver.answer(5)
+        left = pair.receiver.ask("count 1").check().count
+        if written.error is None:
+            received.check()
+            pair.receiver.ask("check 1").check()
+            assert left == 0
+        else:
+            # The sender does not know of each transfer whether it came.
+            came = left + (count if received.error is None else 0)
+            assert written.written <= came <= count
+
+
+def test_a_stalled_nic_resumes(softefa_build: Path, libfabric: str) -> None:
+    with (
+        SoftEfa(softefa_build, nics=2, gbps=1) as network,
+        _pair(softefa_build, libfabric, "efa-direct", network) as pair,
+    ):
+        pair.writer.ask("fill 1").check()
+        pair.begin(1, count=6)
+        time.sleep(0.05)
+        network.set_faults("* 1 stalled")
+        time.sleep(1)
+        network.set_faults()
+        pair.finish(1, count=6)
+
+
+def test_a_killed_target_is_an_error_soon(softefa_build: Path, libfabric: str) -> None:
+    with (
+        SoftEfa(softefa_build, nics=2, gbps=1) as network,
+        _pair(softefa_build, libfabric, "efa-direct", network) as pair,
+    ):
+        pair.begin(1, count=200, timeout_s=60)
+        time.sleep(0.3)
+        pair.receiver.process.kill()
+        killed = time.monotonic()
+        answer = pair.writer.answer(60)
+        assert answer.error is not None
+        assert time.monotonic() - killed < 5
