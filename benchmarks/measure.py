@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxfabric._bench.machine import processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +73,8 @@ def multihost_sync() -> None:
 
 def machine() -> str:
     """The machine's line, to stand beside every number."""
-    model = "unknown processor"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
     return (
-        f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jax "
+        f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; jax "
         f"{jax.__version__}; {jax.process_count()} processes, "
         f"{jax.device_count()} ranks"
     )

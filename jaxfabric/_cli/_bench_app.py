@@ -1,0 +1,154 @@
+"""`jaxfabric bench`: its commands and their help."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """Measure this machine: ours beside the floors and the peers, in one run."""
+
+
+_PUT_HELP = """Writes into another process's memory: MB/s, operations/s, p50, p99.
+
+Kinds: "single" is contiguous, "paged" goes to shuffled pages (16 KiB at most, four
+at least), "scatter" has a slice for each of several peers. Beside jf.TransferEngine
+over each transport stand memcpy into shared memory, plain sockets with an
+acknowledgement, NIXL (UCX), Mooncake (TCP) and libfabric's fi_rma_bw, where they
+are installed. Bytes are verified at the target, fi_rma_bw's excepted.
+
+\b
+  jaxfabric bench put
+  jaxfabric bench put --transport shm --sizes 4KiB,1MiB --kinds single
+  jaxfabric bench put --json put.json --plot put.png
+  pip install 'jaxfabric[peers]'    # NIXL and Mooncake; NIXL's wheel brings torch
+  jaxfabric bench put --peer-python OTHER_VENV/bin/python
+
+Each subject has processes of its own and takes turns with the others. Latency is
+one operation alone, until its initiator knows that it is done; the rate is that of
+a window of operations in flight. Cases that a peer wins are listed at the end.
+
+A software NIC or the loopback interface proves nothing about hardware speed.
+"""
+
+
+def _listed(text: str, allowed: tuple[str, ...], option: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    for part in found:
+        if part not in allowed:
+            raise typer.BadParameter(
+                f"{part!r} is none of {', '.join(allowed)}", param_hint=option
+            )
+    if not found:
+        raise typer.BadParameter("is empty", param_hint=option)
+    return found
+
+
+_Transports = Annotated[
+    str, typer.Option(help="Of jf.TransferEngine, comma-separated.")
+]
+_Kinds = Annotated[str, typer.Option(help="Comma-separated.")]
+_Sizes = Annotated[
+    str | None,
+    typer.Option(help="As in 4KiB,1MiB; by default 1KiB to 64MiB by fours."),
+]
+_Subjects = Annotated[
+    str | None,
+    typer.Option(
+        help="Of memcpy, sockets, jaxfabric, nixl, mooncake, fi_rma_bw; all by default."
+    ),
+]
+_Rounds = Annotated[int, typer.Option(min=1, help="Turns of each subject.")]
+_Seconds = Annotated[
+    float, typer.Option(min=0.001, help="For each figure in each round.")
+]
+_Window = Annotated[
+    int, typer.Option(min=2, max=1024, help="Operations in flight, at most.")
+]
+_ScatterPeers = Annotated[
+    int, typer.Option(min=1, max=16, help="Targets of a scatter.")
+]
+_Nics = Annotated[
+    int, typer.Option(min=1, max=8, help="NICs of our engine, on each side.")
+]
+_Counted = Annotated[
+    bool,
+    typer.Option("--counted", help="Measure ours also with writes that are counted."),
+]
+_PeerPython = Annotated[
+    str | None,
+    typer.Option(help="Interpreter that has NIXL and Mooncake; this one by default."),
+]
+_JsonFile = Annotated[
+    pathlib.Path | None, typer.Option("--json", help="Write everything here.")
+]
+_PlotFile = Annotated[
+    pathlib.Path | None,
+    typer.Option("--plot", help="Draw here; needs matplotlib."),
+]
+_Quick = Annotated[
+    bool, typer.Option("--quick", help="Three sizes, few operations: a trial.")
+]
+
+
+@app.command(help=_PUT_HELP)
+def put(
+    transport: _Transports = "shm,ofi/tcp",
+    kinds: _Kinds = "single,paged,scatter",
+    sizes: _Sizes = None,
+    subjects: _Subjects = None,
+    rounds: _Rounds = 3,
+    seconds: _Seconds = 0.2,
+    window: _Window = 16,
+    scatter_peers: _ScatterPeers = 4,
+    nics: _Nics = 1,
+    counted: _Counted = False,
+    peer_python: _PeerPython = None,
+    json_file: _JsonFile = None,
+    plot_file: _PlotFile = None,
+    quick: _Quick = False,
+) -> None:
+    from jaxfabric._bench import case, report
+    from jaxfabric._bench import put as put_benchmark
+
+    try:
+        chosen = tuple(
+            case.parse_size(part) for part in (sizes or "").split(",") if part
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--sizes") from None
+    families = put_benchmark.FAMILIES
+    settings = put_benchmark.Settings(
+        transports=tuple(t.strip() for t in transport.split(",") if t.strip()),
+        kinds=_listed(kinds, case.KINDS, "--kinds"),
+        sizes=chosen or case.SIZES,
+        subjects=_listed(subjects or ",".join(families), families, "--subjects"),
+        rounds=rounds,
+        seconds=seconds,
+        window=window,
+        peers=scatter_peers,
+        nics=nics,
+        counted=counted,
+        peer_python=peer_python or sys.executable,
+    )
+    result = put_benchmark.run(
+        settings.quick() if quick else settings,
+        lambda line: typer.echo(line, err=True),
+    )
+    report.show(result)
+    if json_file is not None:
+        report.write_json(result, json_file)
+    if plot_file is not None:
+        try:
+            report.plot(result, plot_file)
+        except ImportError:
+            raise typer.BadParameter(
+                "needs matplotlib: pip install matplotlib", param_hint="--plot"
+            ) from None
