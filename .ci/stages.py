@@ -23,8 +23,9 @@ KILL_AFTER_S = 15  # from SIGTERM to SIGKILL when a stage runs over its cap
 SKIP_CODE = 77  # a stage that exits with it is skipped; its last line says why
 
 APT_PACKAGES = (
-    "bazel-bootstrap bazel-rules-java ca-certificates cmake g++ googletest "
-    "libgmock-dev libgtest-dev ninja-build python3-dev python3-venv"
+    "bazel-bootstrap bazel-rules-java ca-certificates cmake g++ googletest iproute2 "
+    "libfabric-dev libgmock-dev libgtest-dev libhwloc15 libibverbs-dev ninja-build "
+    "python3-dev python3-venv"
 )
 
 
@@ -102,7 +103,7 @@ apt-get install -y --no-install-recommends {APT_PACKAGES}
 
 LINT = Stage(
     "lint",
-    300,
+    260,
     _venv("py311")
     + """
 pip install '.[dev]'
@@ -119,7 +120,7 @@ find xla_ffi -name '*.cc' | sort |
 
 SMOKE_PY312 = Stage(
     "smoke-py312",
-    210,
+    170,
     f"""
 python=
 for candidate in python3.12 "$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python; do
@@ -149,12 +150,27 @@ PYTHON_BIN_PATH=$(command -v python) \
 # example's losses, which the README's test command leaves to this stage.
 HOSTS = Stage(
     "hosts",
-    200,
+    190,
     _venv("py311")
     + """
 pip install '.[test]'
 python -P tests/hosts/run_two_hosts.py
 pytest -m 'example and not slow'
+""",
+)
+
+# The engine over network namespaces, and over libfabric's efa provider on a software
+# device. It uses what the stage `cpp` built.
+NETWORK = Stage(
+    "network",
+    170,
+    _venv("py311")
+    + """
+pip install '.[test]'
+cmake -S . -B build/ci/cpp -G Ninja -DJAXFABRIC_BUILD_TESTS=ON \
+  -DJAXFABRIC_BUILD_PYTHON=OFF
+cmake --build build/ci/cpp --target link_peer ofi_test softefa
+JAXFABRIC_TEST_BUILD=build/ci/cpp pytest tests/network
 """,
 )
 
@@ -164,11 +180,12 @@ STAGES = (
     MACHINE,
     Stage("tests-py311", 600, _venv("py311") + TEST_COMMAND),
     HOSTS,
-    Stage("example", 180, _venv("example") + EXAMPLE_COMMAND),
+    Stage("example", 150, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
-    Stage("cpp", 150, _cpp("cpp")),
-    Stage("cpp-asan", 250, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
-    Stage("cpp-tsan", 250, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
+    Stage("cpp", 170, _cpp("cpp")),
+    NETWORK,
+    Stage("cpp-asan", 230, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
+    Stage("cpp-tsan", 210, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     LINT,
     BAZEL,
 )
