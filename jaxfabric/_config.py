@@ -93,9 +93,13 @@ def pool_is_narrow(local_devices: int) -> bool:
     """Whether XLA was told to use fewer threads than its devices here need."""
     if local_devices == 1:
         return False
-    text = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or "0"
-    threads = int(text) if text.isdigit() else 0
-    return threads < THREADS_PER_DEVICE * local_devices
+    return (pool_threads() or 0) < THREADS_PER_DEVICE * local_devices
+
+
+def pool_threads() -> int | None:
+    """How many threads XLA was told to use; ``None`` if it was not told."""
+    text = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC") or ""
+    return int(text) if text.isdigit() else None
 
 
 class Config:

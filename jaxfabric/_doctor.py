@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxfabric import _ffi
-from jaxfabric._config import POOL_THREADS_MIN, THREADS_PER_DEVICE, config
+from jaxfabric._config import (
+    POOL_THREADS_MIN,
+    THREADS_PER_DEVICE,
+    config,
+    pool_threads,
+)
 
 _MEBIBYTE = 1 << 20
 # Less shared memory than this does not hold what one prefill step writes.
@@ -101,9 +106,9 @@ def _transports() -> Iterator[Check]:
 
 
 def _xla_pool() -> Check:
-    text = os.environ.get("PJRT_NPROC", "")
-    found = f"PJRT_NPROC={text or '(unset)'}, {os.cpu_count()} cores"
-    if text.isdigit() and int(text) < min(POOL_THREADS_MIN, os.cpu_count() or 1):
+    threads = pool_threads()
+    found = f"{threads or 'as many as cores'}; {os.cpu_count()} cores"
+    if threads is not None and threads < POOL_THREADS_MIN:
         return Check(
             *("XLA's threads", Verdict.WARN, found),
             fix=f"export PJRT_NPROC={POOL_THREADS_MIN} "

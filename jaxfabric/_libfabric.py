@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import pathlib
 
 from jaxfabric._config import config
 
@@ -27,7 +28,7 @@ def _path_in_wheel() -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     for file in files:
-        path = file.locate()
+        path = pathlib.Path(str(file.locate()))
         if file.name == _LIBRARY and path.is_file():
             return str(path.resolve())
     return ""

@@ -75,7 +75,7 @@ def test_update_and_with() -> None:
     with pytest.raises(RuntimeError, match="out"), config(timeout_s=3):
         raise RuntimeError("out")
     assert config.settings.timeout_s == 120
-    with pytest.raises(TypeError, match=r"no setting 'speed'; there are mailbox_bytes"):
+    with pytest.raises(TypeError, match=r"no setting 'speed'; there are libfabric, mailbox"):
         config.update(speed=3)
     with pytest.raises(ValueError, match="timeout_s='x': expected float"):
         config.update(timeout_s="x")
