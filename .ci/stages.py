@@ -92,7 +92,7 @@ awk '/: Skipped$/ {{ at = $1; getline; print "SKIPPED " at " " $0 }}' \
 
 MACHINE = Stage(
     "machine",
-    100,
+    80,
     f"""
 dpkg -s {APT_PACKAGES} >/dev/null 2>&1 && exit 0
 export DEBIAN_FRONTEND=noninteractive
@@ -103,14 +103,14 @@ apt-get install -y --no-install-recommends {APT_PACKAGES}
 
 LINT = Stage(
     "lint",
-    260,
+    255,
     _venv("py311")
     + """
 pip install '.[dev]'
 ruff check
 ruff format --check
 mypy
-find xla_ffi tests/cpp -name '*.cc' -o -name '*.h' | sort |
+find xla_ffi tests benchmarks -name '*.cc' -o -name '*.h' | sort |
   xargs clang-format --dry-run -Werror
 cmake -S . -B build/ci/tidy -G Ninja -DPython_EXECUTABLE=$(command -v python)
 find xla_ffi -name '*.cc' | sort |
@@ -120,7 +120,7 @@ find xla_ffi -name '*.cc' | sort |
 
 SMOKE_PY312 = Stage(
     "smoke-py312",
-    170,
+    155,
     f"""
 python=
 for candidate in python3.12 "$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python; do
@@ -137,7 +137,7 @@ pytest -m smoke
 
 BAZEL = Stage(
     "bazel",
-    150,
+    155,
     _venv("py311")
     + """
 pip install 'jaxlib>=0.9.1,<0.11.1' 'nanobind>=3'
@@ -150,7 +150,7 @@ PYTHON_BIN_PATH=$(command -v python) \
 # example's losses, which the README's test command leaves to this stage.
 HOSTS = Stage(
     "hosts",
-    190,
+    170,
     _venv("py311")
     + """
 pip install '.[test]'
@@ -163,7 +163,7 @@ pytest -m 'example and not slow'
 # device. It uses what the stage `cpp` built.
 NETWORK = Stage(
     "network",
-    170,
+    240,
     _venv("py311")
     + """
 pip install '.[test]'
@@ -180,7 +180,7 @@ STAGES = (
     MACHINE,
     Stage("tests-py311", 600, _venv("py311") + TEST_COMMAND),
     HOSTS,
-    Stage("example", 150, _venv("example") + EXAMPLE_COMMAND),
+    Stage("example", 135, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
     Stage("cpp", 170, _cpp("cpp")),
     NETWORK,

@@ -191,7 +191,7 @@ def ends(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
 
 def measure(subject: ChildSubject, plan: list[Case]) -> list[Row]:
     """Rows of a run with this subject alone, and a good one after it."""
-    settings = put.Settings(rounds=2, seconds=0.001)
+    settings = put.Settings(rounds=1, seconds=0.001)
     good = ChildSubject("good", "floor", "shm", "memcpy")
     outcomes, failed = put.take_turns([subject, good], plan, settings, lambda _: None)
     return put.rows_of([subject, good], plan, outcomes, failed)

@@ -75,7 +75,7 @@ def test_update_and_with() -> None:
     with pytest.raises(RuntimeError, match="out"), config(timeout_s=3):
         raise RuntimeError("out")
     assert config.settings.timeout_s == 120
-    with pytest.raises(TypeError, match=r"no setting 'speed'; there are libfabric, mailbox"):
+    with pytest.raises(TypeError, match="no setting 'speed'; there are libf"):
         config.update(speed=3)
     with pytest.raises(ValueError, match="timeout_s='x': expected float"):
         config.update(timeout_s="x")

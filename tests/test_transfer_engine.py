@@ -440,6 +440,23 @@ def test_close_ends_what_waits() -> None:
     assert region.array.sum() == 0  # the memory is the array's, too
 
 
+def test_who_leaves_may_come_back(pair: Pair) -> None:
+    a, b, peer, region = pair
+    source = a.register_memory(np.zeros(10, np.uint8))
+    for _ in range(3):
+        waiting = b.expect_imm_count(6, 1, peers=list(b.peers()))
+        a.disconnect(peer)
+        with pytest.raises(jf.PeerLostError, match="disconnected"):
+            waiting.result()
+        with pytest.raises(jf.PeerLostError, match="connect to its address"):
+            a.submit_send(peer, b"")
+        peer = a.connect(b.address()).result()
+        a.submit_single_write(source, region.desc, 5).result()
+        b.imm_counter(5).wait(1)
+    assert b.stats()["peers_lost"] == 3
+    assert len(b.peers()) == 1
+
+
 def test_registered_memory_is_kept_and_let_go() -> None:
     with engine() as a:
         array = np.zeros(1000)

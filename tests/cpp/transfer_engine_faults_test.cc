@@ -361,7 +361,7 @@ TEST_F(TransferFaultsTest, FaultErrorCallbackWhileOtherWritesStillRun) {
       a->region, {{stale, 0, 0, 100}, {c->address, 0, 0, 40'000}}, 4);
   std::atomic<int> calls{0};
   (*scatter)->OnDone(
-      [&](const Status&) { calls.fetch_add(1, std::memory_order_relaxed); });
+      [&](const Status&) { calls.fetch_add(1, std::memory_order_release); });
   EXPECT_FALSE(EndOf(scatter).ok());
   // Now the source is ours again: what we store there must not arrive.
   std::memset(a->data(), 2, TransferNode::kBytes);
@@ -369,8 +369,8 @@ TEST_F(TransferFaultsTest, FaultErrorCallbackWhileOtherWritesStillRun) {
   for (uint64_t i = 0; i < 40'000; ++i) {
     ASSERT_EQ(c->data()[i], std::byte{1}) << i;
   }
-  Until([&] { return calls.load(std::memory_order_relaxed) > 0; });
-  EXPECT_EQ(calls.load(std::memory_order_relaxed), 1);
+  Until([&] { return calls.load(std::memory_order_acquire) > 0; });
+  EXPECT_EQ(calls.load(std::memory_order_acquire), 1);
 }
 
 TEST_F(TransferFaultsTest, ACancelledWriteGivesItsBuffersBackAndItsIdNot) {

@@ -197,16 +197,16 @@ TEST_P(TransferEngineTest, MessagesComeWholeAndInOrder) {
 
 TEST_P(TransferEngineTest, MessagesGoToTheCallback) {
   OpenPair();
-  std::promise<std::string> all;
+  const auto all = std::make_shared<std::promise<std::string>>();
   std::string seen;
-  b_->engine->SubmitRecvs([&](TransferMessage message) {
+  b_->engine->SubmitRecvs([&seen, all](TransferMessage message) {
     seen += message.text;
-    if (seen.size() == 3) all.set_value(seen);
+    if (seen.size() == 3) all->set_value(seen);
   });
   for (const char* text : {"a", "b", "c"}) {
     ASSERT_TRUE(EndsWell(a_->engine->SubmitSend(peer_, text)));
   }
-  EXPECT_EQ(all.get_future().get(), "abc");
+  EXPECT_EQ(all->get_future().get(), "abc");
 }
 
 TEST_P(TransferEngineTest, FaultTailOfAnOddLengthScatterIsLost) {
@@ -264,15 +264,15 @@ TEST_P(TransferEngineTest, AnExpectationCallsBackOnce) {
   ASSERT_TRUE(expected.ok());
   (*expected)->OnDone([&](const Status& status) {
     EXPECT_TRUE(status.ok());
-    calls.fetch_add(1, std::memory_order_relaxed);
+    calls.fetch_add(1, std::memory_order_release);
   });
   for (int i = 0; i < 4; ++i) ASSERT_TRUE(EndsWell(Write(0, 0, 5000, 2)));
   ASSERT_TRUE(EndsWell(expected));
   ASSERT_TRUE(Comes(2));
   const Deadline deadline = Patience();
-  while (calls.load(std::memory_order_relaxed) == 0 && !deadline.Expired()) {
+  while (calls.load(std::memory_order_acquire) == 0 && !deadline.Expired()) {
   }
-  EXPECT_EQ(calls.load(std::memory_order_relaxed), 1);
+  EXPECT_EQ(calls.load(std::memory_order_acquire), 1);
 }
 
 TEST_P(TransferEngineTest, ABarrierWaitsForTheSlowestHoweverFastTheOthers) {
@@ -362,20 +362,20 @@ TEST_P(TransferEngineTest, AWriteIntoWhatWasUnregisteredFailsAlone) {
 TEST_P(TransferEngineTest, AWatcherReportsBumps) {
   OpenPair();
   std::atomic<uint64_t> sum{0};
-  std::promise<void> all;
+  const auto all = std::make_shared<std::promise<void>>();
   const auto watcher =
-      a_->engine->AllocWatcher([&](uint64_t before, uint64_t after) {
+      a_->engine->AllocWatcher([&sum, all](uint64_t before, uint64_t after) {
         EXPECT_LT(before, after);
         const uint64_t add = after - before;
         if (sum.fetch_add(add, std::memory_order_relaxed) + add == 100) {
-          all.set_value();
+          all->set_value();
         }
       });
   ASSERT_TRUE(watcher.ok());
   const auto found = WatcherRegistry::Get().Find((*watcher)->id());
   ASSERT_TRUE(found.ok());
   for (int i = 0; i < 100; ++i) (*found)->Bump();
-  EXPECT_EQ(all.get_future().wait_for(std::chrono::seconds(30)),
+  EXPECT_EQ(all->get_future().wait_for(std::chrono::seconds(30)),
             std::future_status::ready);
   a_->engine->FreeWatcher(*watcher);
   EXPECT_FALSE(WatcherRegistry::Get().Find((*watcher)->id()).ok());

@@ -26,8 +26,15 @@ COMMAND_TIMEOUT_S = 20
 BURST = "256kb"
 QUEUE_LATENCY = "5ms"
 
-# Hides the host's /dev/shm: `ip netns exec` has unshared the mounts already.
-OWN_SHARED_MEMORY = 'mount -t tmpfs shm /dev/shm && exec "$@"'
+# Own /dev/shm, own name, and an address that the name stands for (Gloo asks for
+# it). `ip netns exec` has unshared the mounts already.
+OWN_MACHINE = """
+name=$1 address=$2; shift 2
+mount -t tmpfs shm /dev/shm && hostname "$name" || exit
+printf '127.0.0.1 localhost\\n%s %s\\n' "$address" "$name" >/dev/shm/hosts &&
+mount --bind /dev/shm/hosts /etc/hosts && rm /dev/shm/hosts || exit
+exec "$@"
+"""
 
 
 def _ip(*arguments: str, tool: str = "ip") -> str:
@@ -74,11 +81,20 @@ class Hosts:
         return f"{self.names[host]}{link}"
 
     def command(
-        self, host: int, command: Sequence[str], *, own_shared_memory: bool = False
+        self, host: int, command: Sequence[str], *, own_machine: bool = False
     ) -> list[str]:
-        """The command line that runs `command` on a host."""
-        if own_shared_memory:
-            command = ["sh", "-c", OWN_SHARED_MEMORY, "sh", *command]
+        """The command line that runs `command` on a host.
+
+        Args:
+            host: 0 or 1.
+            command: the program and its arguments.
+            own_machine: hides /dev/shm and the machine's name, too, as if the host
+                were another machine.
+        """
+        if own_machine:
+            name, address = self.names[host], self.address(host, 0)
+            script = ["sh", "-c", OWN_MACHINE, "sh", name, address]
+            command = ["unshare", "--uts", *script, *command]
         return ["ip", "netns", "exec", self.names[host], *command]
 
     def set_link(self, link: int, *, up: bool) -> None:

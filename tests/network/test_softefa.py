@@ -13,7 +13,7 @@ from network.link_pair import PROGRAM, link_pair
 from network.softefa import SoftEfa
 
 CONFORMANCE = Path("tests/cpp/ofi_test")
-REGION_BYTES = 8 << 20
+REGION_BYTES = 32 << 20  # long enough for the engine's largest chunks
 
 BOTH = ("efa", "efa-direct")
 # What a device may be like: settings of tests/softefa/settings.h.
@@ -76,19 +76,20 @@ def _pair(build: Path, libfabric: str, provider: str, network: SoftEfa):
 def test_four_paced_nics_carry_four_times_as_much_as_one(
     softefa_build: Path, libfabric: str, provider: str
 ) -> None:
-    speedups = []
+    one_rate, four_rate = [], []
     with (
         SoftEfa(softefa_build, nics=1, gbps=1) as one,
         SoftEfa(softefa_build, nics=4, gbps=1) as four,
         _pair(softefa_build, libfabric, provider, one) as single,
         _pair(softefa_build, libfabric, provider, four) as group,
     ):
-        for id in range(1, 4):  # 2 s each, so that start and end are short
-            base = single.transfer(id, count=30)
-            speedups.append(group.transfer(id, count=120) / base)
-    print(f"speed-ups: {[round(speedup, 3) for speedup in speedups]}")
-    # The best: other work on the machine can only take away.
-    assert max(speedups) >= 3.95
+        for id in range(1, 4):  # 1.6 s each, so that start and end are short
+            one_rate.append(single.transfer(id, count=6))
+            four_rate.append(group.transfer(id, count=24))
+    print(f"MB/s of one: {[round(r * 1e-6) for r in one_rate]}")
+    print(f"MB/s of four: {[round(r * 1e-6) for r in four_rate]}")
+    # The best of each: other work on the machine can only take away.
+    assert max(four_rate) >= 3.95 * max(one_rate)
 
 
 @pytest.mark.parametrize("provider", BOTH)
@@ -101,7 +102,7 @@ def test_a_slow_nic_slows_only_itself(
         _pair(softefa_build, libfabric, provider, network) as pair,
     ):
         # 1.5 s each, so that the end, where only the slow one is busy, is short.
-        rate = [pair.transfer(id, count=72) * 8e-9 for id in range(1, 4)]
+        rate = [pair.transfer(id, count=18) * 8e-9 for id in range(1, 4)]
     print(f"shares: {[round(r / sum(rates), 3) for r in rate]}")
     assert max(rate) >= 0.95 * sum(rates)
 
@@ -110,17 +111,17 @@ def test_a_slow_nic_slows_only_itself(
 def test_a_nic_that_fails_in_mid_transfer_is_never_counted_twice(
     softefa_build: Path, libfabric: str, state: str
 ) -> None:
-    count = 12  # 0.2 s
+    count = 3  # 0.2 s
     with (
         SoftEfa(softefa_build, nics=4, gbps=1) as network,
         _pair(softefa_build, libfabric, "efa-direct", network) as pair,
     ):
         pair.writer.ask("fill 1").check()
-        pair.begin(1, count, timeout_s=5)
+        pair.begin(1, count, timeout_s=3)
         time.sleep(0.05)
         network.set_faults(f"1 2 {state}")
-        written = pair.writer.answer(5)
-        received = pair.receiver.answer(5)
+        written = pair.writer.answer(3)
+        received = pair.receiver.answer(3)
         left = pair.receiver.ask("count 1").check().count
         if written.error is None:
             received.check()
@@ -138,12 +139,12 @@ def test_a_stalled_nic_resumes(softefa_build: Path, libfabric: str) -> None:
         _pair(softefa_build, libfabric, "efa-direct", network) as pair,
     ):
         pair.writer.ask("fill 1").check()
-        pair.begin(1, count=6)
+        pair.begin(1, count=2)
         time.sleep(0.05)
         network.set_faults("* 1 stalled")
         time.sleep(1)
         network.set_faults()
-        pair.finish(1, count=6)
+        pair.finish(1, count=2)
 
 
 def test_a_killed_target_is_an_error_soon(softefa_build: Path, libfabric: str) -> None:
@@ -151,7 +152,7 @@ def test_a_killed_target_is_an_error_soon(softefa_build: Path, libfabric: str) -
         SoftEfa(softefa_build, nics=2, gbps=1) as network,
         _pair(softefa_build, libfabric, "efa-direct", network) as pair,
     ):
-        pair.begin(1, count=200, timeout_s=60)
+        pair.begin(1, count=50, timeout_s=60)
         time.sleep(0.3)
         pair.receiver.process.kill()
         killed = time.monotonic()

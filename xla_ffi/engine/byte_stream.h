@@ -8,7 +8,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -48,7 +47,7 @@ class ByteReader {
     static_assert(std::is_integral_v<T>);
     T value = 0;
     const std::string_view taken = Bytes(sizeof value);
-    if (ok_) std::memcpy(&value, taken.data(), sizeof value);
+    taken.copy(reinterpret_cast<char*>(&value), sizeof value);
     return value;
   }
   std::string_view Bytes(uint64_t count) {

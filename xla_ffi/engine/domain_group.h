@@ -28,6 +28,7 @@
 
 #include "base/deadline.h"
 #include "base/status.h"
+#include "engine/domain_stats.h"
 #include "engine/group_peer.h"
 #include "engine/link.h"
 #include "engine/link_frame.h"
@@ -35,20 +36,6 @@
 #include "transport/transport.h"
 
 namespace jaxfabric {
-
-// What one Domain has done since the start, and does now.
-struct DomainStats {
-  uint64_t writes = 0;  // that ended well
-  uint64_t write_bytes = 0;
-  uint64_t messages = 0;
-  uint64_t errors = 0;             // posts that ended badly
-  uint64_t strangers_dropped = 0;  // immediates of Domains that nobody added
-  uint64_t malformed_dropped = 0;  // messages that no group sends
-  uint64_t writes_again = 0;       // that were on this Domain's failed links
-  uint64_t links_failed = 0;
-  uint64_t links_revived = 0;
-  uint32_t open_writes = 0;
-};
 
 class DomainGroup {
  public:
@@ -72,12 +59,15 @@ class DomainGroup {
   };
 
   static constexpr size_t kDomainsMax = 8;
-  // Writes that one link has posted and not completed. Two, so that one is
-  // under way while the other's completion is handled; more as long as they
-  // are short.
+  // What one link has posted and not completed: at least two writes, so that
+  // one is under way while the other's completion is handled; and as much as it
+  // completes in the time by which a busy machine may poll late, but no more
+  // than a slow link, or one that dies, may hold.
   static constexpr uint32_t kWindowWritesMin = 2;
   static constexpr uint32_t kWindowWritesMax = LinkFrame::kCountsMax;
-  static constexpr uint64_t kWindowBytes = uint64_t{1} << 19;
+  static constexpr double kWindowNs = 8e6;
+  static constexpr uint64_t kWindowBytesMin = uint64_t{1} << 19;
+  static constexpr uint64_t kWindowBytesMax = uint64_t{1} << 21;
 
   explicit DomainGroup(std::vector<std::unique_ptr<Domain>> domains,
                        int64_t (*clock_ns)() = MonotonicNanoseconds);

@@ -40,8 +40,11 @@ bool DomainGroup::HasRoom(const Link& link, uint64_t bytes) const {
     return false;
   }
   if (link.open_writes < kWindowWritesMin) return true;
+  const auto window_bytes =
+      static_cast<uint64_t>(link.rate.bytes_per_ns() * kWindowNs);
   return link.open_writes < kWindowWritesMax &&
-         link.open_bytes + bytes <= kWindowBytes;
+         link.open_bytes + bytes <=
+             std::clamp(window_bytes, kWindowBytesMin, kWindowBytesMax);
 }
 
 void DomainGroup::CountBorrowed(Link& link) {

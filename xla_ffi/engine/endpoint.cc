@@ -264,7 +264,10 @@ Status Endpoint::Write(uint32_t name, const std::vector<Piece>& pieces,
         if (status.ok()) return;
         const Status failed = status.Annotate("a write to rank " +
                                               std::to_string(name) + " failed");
-        failed_writes_.push_back({std::nullopt, /*told=*/false, failed});
+        // Only a peer that is gone, or cut off, makes its writes unavailable.
+        std::optional<uint32_t> lost;
+        if (status.code() == StatusCode::kUnavailable) lost = name;
+        failed_writes_.push_back({lost, /*told=*/false, failed});
       });
   if (posted.ok()) return OkStatus();
   --writes_open_;

@@ -17,9 +17,9 @@ bool IsMapped(const std::byte* base, uint64_t length) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(base);
   if (length > std::numeric_limits<uintptr_t>::max() - begin) return false;
-  const uintptr_t first = begin / page * page;
-  return msync(reinterpret_cast<void*>(first), begin + length - first,
-               MS_ASYNC) == 0;
+  const uint64_t skipped = begin % page;
+  auto* const first = const_cast<std::byte*>(base - skipped);
+  return msync(first, skipped + length, MS_ASYNC) == 0;
 }
 
 Status CheckLength(uint64_t length) {

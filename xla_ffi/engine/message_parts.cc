@@ -28,8 +28,8 @@ Status MessageAssembler::Add(TransferFrame part,
                              std::vector<std::string>* complete) {
   const uint32_t index = static_cast<uint32_t>(part.b >> 32);
   const uint32_t count = static_cast<uint32_t>(part.b);
-  const Status broken(StatusCode::kDataLoss,
-                      "the peer sent a part of a message that cannot be");
+  Status broken(StatusCode::kDataLoss,
+                "the peer sent a part of a message that cannot be");
   if (part.a < next_) return OkStatus();  // it came again
   if (index >= count || count > kPartsMax || part.a - next_ >= kAheadMax) {
     return broken;

@@ -17,6 +17,8 @@ constexpr int64_t kSleepMaxNs = 50'000'000;
 // So often a device that cannot ring is looked at while nothing is under way
 // here: peers may write, or wait for answers.
 constexpr int64_t kIdlePollNs = 1'000'000;
+// About a round trip over a network: who waits for longer sleeps meanwhile.
+constexpr int64_t kHelpNs = 50'000;
 // So long, writes that were posted may take to end after their deadline. Then
 // only cutting the connection takes the buffers back.
 constexpr int64_t kTakeBackNs = 2'000'000'000;
@@ -25,7 +27,7 @@ constexpr double kFarewellS = 0.5;
 
 std::string Seconds(double seconds) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.3g s", seconds);
+  std::snprintf(text, sizeof text, seconds < 10 ? "%.2g s" : "%.0f s", seconds);
   return text;
 }
 
@@ -132,7 +134,7 @@ StatusOr<SubmissionPtr> TransferEngine::BeginLocked(SubmissionKind kind,
 }
 
 void TransferEngine::FinishLocked(const SubmissionPtr& submission,
-                                  Status status, uint32_t peer) {
+                                  const Status& status, uint32_t peer) {
   if (submission->over) return;
   submission->over = true;
   const TransferFuturePtr future = submission->future;
@@ -296,7 +298,7 @@ void TransferEngine::EndExpiredLocked(int64_t now_ns) {
     if (submission->stopped_ns) {
       if (now_ns - *submission->stopped_ns < kTakeBackNs) continue;
       for (const Submission::Part& part : submission->parts) {
-        if (part.open) stuck.insert(part.peer);
+        if (part.open && part.handle != 0) stuck.insert(part.peer);
       }
     } else if (submission->deadline.nanoseconds() <= now_ns) {
       expired.push_back(submission);
@@ -371,6 +373,15 @@ bool TransferEngine::ProgressUnlessBusy() {
   if (lock.owns_lock()) return ProgressLocked();
   CpuRelax();
   return true;
+}
+
+void TransferEngine::Help(const TransferFuture& future, Deadline deadline) {
+  const Deadline until =
+      std::min(deadline, Deadline::AfterNanoseconds(kHelpNs));
+  while (!future.done() && !until.Expired()) {
+    // Where cores are few, what it waits for may need this one.
+    if (!ProgressUnlessBusy()) std::this_thread::yield();
+  }
 }
 
 int64_t TransferEngine::SleepNs() {

@@ -63,8 +63,7 @@ class TransferEngine {
   // What Connect takes elsewhere.
   const std::string& address() const { return address_; }
 
-  // --- Peers. A peer is a small number, never used again. ---
-
+  // --- Peers: small numbers, never used again ---
   // The future's peer() is the peer. Either side may connect, or both at once.
   // The other side learns of it by what the peer sends.
   Submitted Connect(std::string_view address, MaybeDeadline deadline = {});
@@ -74,9 +73,7 @@ class TransferEngine {
   StatusOr<PeerGroupId> AddPeerGroup(std::vector<uint32_t> peers);
   Status RemovePeerGroup(PeerGroupId group);
 
-  // --- Memory ---
-
-  // See MemoryRegistry.
+  // --- Memory, see MemoryRegistry ---
   StatusOr<RegionId> RegisterMemory(std::byte* base, uint64_t length);
   StatusOr<RegionId> AllocateMemory(uint64_t length);
   // Done once no operation of this engine uses the region; from now on none may
@@ -89,7 +86,7 @@ class TransferEngine {
 
   // --- Messages: whole, and in the order in which the peer sent them. ---
 
-  Submitted SubmitSend(uint32_t peer, std::string message,
+  Submitted SubmitSend(uint32_t peer, const std::string& message,
                        MaybeDeadline deadline = {});
   // See MessageInbox.
   void SubmitRecvs(MessageInbox::Callback callback);
@@ -136,6 +133,9 @@ class TransferEngine {
   // Asks an operation to end early. False if it is done already; else its
   // future fails with kCancelled, unless it still succeeds.
   bool Cancel(const TransferFuture& future);
+  // Does the worker's work until the operation is done, but only for a short
+  // while: being woken takes longer than most operations.
+  void Help(const TransferFuture& future, Deadline deadline);
   // Waits until all writes and messages submitted so far have ended.
   Status Drain(Deadline deadline);
   TransferEngineStats stats() const;
@@ -165,7 +165,7 @@ class TransferEngine {
   bool ProgressLocked();
   StatusOr<SubmissionPtr> BeginLocked(SubmissionKind kind, std::string label,
                                       MaybeDeadline deadline);
-  void FinishLocked(const SubmissionPtr& submission, Status status,
+  void FinishLocked(const SubmissionPtr& submission, const Status& status,
                     uint32_t peer = kUnknownPeer);
   void RemoveUnusedLocked();
   void StopLocked(const SubmissionPtr& submission, Status why);

@@ -16,7 +16,7 @@ constexpr uint32_t kIdsMax = 1u << kIdBits;
 // So that their units can be counted in 64 bits.
 constexpr uint64_t kTransfersMax = uint64_t{1} << 40;
 
-std::string Label(std::string what, std::optional<uint32_t> id) {
+std::string Label(const std::string& what, std::optional<uint32_t> id) {
   return id ? what + " under id " + std::to_string(*id) : what;
 }
 
@@ -260,7 +260,7 @@ void TransferEngine::EndPartLocked(const SubmissionPtr& submission, size_t part,
 }
 
 TransferEngine::Submitted TransferEngine::SubmitSend(uint32_t name,
-                                                     std::string message,
+                                                     const std::string& message,
                                                      MaybeDeadline deadline) {
   std::string label = "send of " + std::to_string(message.size()) + " bytes";
   if (message.size() > kTransferMessageBytesMax) {

@@ -127,12 +127,11 @@ StatusOr<std::vector<WindowPart>> PartsOf(const PageList& list,
     const int64_t to = list.destination[i];
     if (from < 0 || to < 0) continue;  // padding of a static length
     if (from >= static_cast<int64_t>(list.source_pages) || to >= window_pages) {
-      return Status(StatusCode::kOutOfRange,
-                    "entry " + std::to_string(i) + ": page " +
-                        std::to_string(from) + " of " +
-                        std::to_string(list.source_pages) + " into page " +
-                        std::to_string(to) + " of " +
-                        std::to_string(window_pages));
+      return Status(
+          StatusCode::kOutOfRange,
+          "entry " + std::to_string(i) + ": page " + std::to_string(from) +
+              " of " + std::to_string(list.source_pages) + " into page " +
+              std::to_string(to) + " of " + std::to_string(window_pages));
     }
     if (written[static_cast<size_t>(to)]) {
       return Status(StatusCode::kInvalidArgument,

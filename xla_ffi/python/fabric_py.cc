@@ -59,9 +59,8 @@ class NativeFabric {
     const std::string secret_bytes(secret.c_str(), secret.size());
     nb::gil_scoped_release release;
     fabric_->engine = Value(Engine::Open(
-        std::move(options),
-        Value(OpenTransport(transport, secret_bytes, chaos, network, libfabric,
-                            nics))));
+        std::move(options), Value(OpenTransport(transport, secret_bytes, chaos,
+                                                network, libfabric, nics))));
   }
 
   ~NativeFabric() { Close(); }

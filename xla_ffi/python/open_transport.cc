@@ -46,9 +46,9 @@ StatusOr<std::unique_ptr<Transport>> OpenTransport(
 }
 
 std::vector<TransportRow> TransportStates(const std::string& libfabric) {
-  std::vector<TransportRow> rows = {
-      {"shm", AvailabilityName(Availability::kUsable),
-       "ranks of one host share memory", ""}};
+  std::vector<TransportRow> rows = {{"shm",
+                                     AvailabilityName(Availability::kUsable),
+                                     "ranks of one host share memory", ""}};
   for (const char* provider : kOfiProviders) {
     const TransportState state = OfiState(provider, libfabric);
     rows.emplace_back(std::string(kOfiPrefix) + provider,

@@ -49,8 +49,8 @@ TransferEngine::MaybeDeadline ToDeadline(MaybeSeconds timeout_s) {
 // What Python sees of a TransferFuture.
 class NativeFuture {
  public:
-  explicit NativeFuture(TransferFuturePtr future)
-      : future_(std::move(future)) {}
+  NativeFuture(TransferFuturePtr future, std::weak_ptr<TransferEngine> engine)
+      : future_(std::move(future)), engine_(std::move(engine)) {}
 
   const TransferFuture& future() const { return *future_; }
   const std::string& label() const { return future_->label(); }
@@ -59,7 +59,9 @@ class NativeFuture {
   // (code, text), or None if it goes on.
   std::optional<std::pair<int, std::string>> Wait(double timeout_s) const {
     nb::gil_scoped_release release;
-    const auto status = future_->Wait(Deadline::AfterSeconds(timeout_s));
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    if (const auto engine = engine_.lock()) engine->Help(*future_, deadline);
+    const auto status = future_->Wait(deadline);
     if (!status) return std::nullopt;
     return std::pair(static_cast<int>(status->code()), status->message());
   }
@@ -75,6 +77,7 @@ class NativeFuture {
 
  private:
   TransferFuturePtr future_;
+  std::weak_ptr<TransferEngine> engine_;
 };
 
 PageList Pages(const Indices& indices, uint64_t stride, uint64_t offset) {
@@ -144,8 +147,9 @@ class NativeTransferEngine {
 
   RegionId RegisterMemory(uint64_t address, uint64_t length) {
     nb::gil_scoped_release release;
-    return Value(engine()->RegisterMemory(reinterpret_cast<std::byte*>(address),
-                                          length));
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): Python has it as a number.
+    auto* const base = reinterpret_cast<std::byte*>(address);
+    return Value(engine()->RegisterMemory(base, length));
   }
   // The region, and all of it as an array that keeps the memory.
   std::pair<RegionId, Bytes> AllocateMemory(uint64_t length) {
@@ -283,8 +287,8 @@ class NativeTransferEngine {
     return StatusError(Status(StatusCode::kFailedPrecondition,
                               "the TransferEngine is closed"));
   }
-  static NativeFuture Submitted(TransferEngine::Submitted submitted) {
-    return NativeFuture(Value(std::move(submitted)));
+  NativeFuture Submitted(TransferEngine::Submitted submitted) const {
+    return NativeFuture(Value(std::move(submitted)), engine());
   }
   // To be called with the GIL released: the last one to let go closes it.
   std::shared_ptr<TransferEngine> engine() const {

@@ -24,7 +24,8 @@ TransportState OfiState(const std::string&, const std::string&) {
           "jaxfabric from source"};
 }
 
-StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(OfiOptions options) {
+StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(
+    const OfiOptions& options) {
   return OfiState(options.provider, options.library)
       .ToStatus("ofi/" + options.provider);
 }
@@ -135,7 +136,8 @@ TransportState OfiState(const std::string& provider,
   return Look(*parsed, library).state;
 }
 
-StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(OfiOptions options) {
+StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(
+    const OfiOptions& options) {
   JF_ASSIGN_OR_RETURN(const OfiProvider provider,
                       ParseOfiProvider(options.provider));
   Found found = Look(provider, options.library);

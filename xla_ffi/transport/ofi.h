@@ -30,7 +30,8 @@ struct OfiOptions {
 
 // Fails with kUnimplemented where OfiState is not kUsable, and with
 // kInvalidArgument for an interface that does not exist.
-StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(OfiOptions options);
+StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(
+    const OfiOptions& options);
 
 // Looks without opening anything that stays open.
 TransportState OfiState(const std::string& provider,

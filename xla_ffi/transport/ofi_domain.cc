@@ -381,6 +381,7 @@ void OfiDomain::OnFailed(OfiOperation* operation, const std::string& error) {
   operations_->GiveBack(operation);
   peer.spoke_ns = 0;  // a ping now shows whether the peer lives
   if (kind == OfiOperation::Kind::kWrite) return;
+  peer.repeat_ns = 0;
   ++peer.failures;
   // A message that may be lost breaks the promise that none is. Frames are said
   // again; tcp's fail with their connection, which may come back.

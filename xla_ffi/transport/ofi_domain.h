@@ -63,9 +63,9 @@ struct OfiPeer {
   std::unordered_map<uint64_t, std::optional<OfiRegion>> regions;
   // Keys of ours that it has asked for.
   std::unordered_set<uint64_t> told;
-  int64_t heard_ns = 0;    // when something came from it
-  int64_t spoke_ns = 0;    // when something was posted to it
-  int64_t stuck_ns = 0;    // since when libfabric takes nothing; 0: it does
+  int64_t heard_ns = 0;   // when something came from it
+  int64_t spoke_ns = 0;   // when something was posted to it
+  int64_t stuck_ns = 0;   // since when libfabric takes nothing; 0: it does
   int64_t repeat_ns = 0;  // when to ask again for what we wait for
   int64_t next_probe_ns = 0;
   std::optional<TcpProbe> probe;

@@ -258,6 +258,7 @@ void OfiDomain::TendPeers() {
   const int64_t now_ns = MonotonicNanoseconds();
   if (now_ns - tended_ns_ < kTendPeriodNs) return;
   tended_ns_ = now_ns;
+  endpoint_->DrainErrors();
   std::vector<OfiPeer*> gone;
   for (auto& [nonce, peer] : peers_) {
     if (peer->state != OfiPeer::State::kLost) TendPeer(*peer, now_ns);

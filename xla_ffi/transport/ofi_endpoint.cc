@@ -102,6 +102,7 @@ Status OfiEndpoint::Enable() {
   if (error != 0) return Failed("fi_ep_bind", error);
   error = fi_ep_bind(endpoint_.get(), &queue_->fid, FI_TRANSMIT | FI_RECV);
   if (error != 0) return Failed("fi_ep_bind", error);
+  JF_RETURN_IF_ERROR(BindErrors());
   SetOptions();
   error = fi_enable(endpoint_.get());
   if (error != 0) return Failed("fi_enable", error);
@@ -114,6 +115,37 @@ Status OfiEndpoint::Enable() {
   }
   name_size_ = size;
   return OkStatus();
+}
+
+Status OfiEndpoint::BindErrors() {
+  if (!IsEfa(provider_)) return OkStatus();
+  fi_eq_attr attributes = {};
+  attributes.wait_obj = FI_WAIT_NONE;
+  fid_eq* errors = nullptr;
+  int error = fi_eq_open(fabric_.get(), &attributes, &errors, nullptr);
+  if (error != 0) return Failed("fi_eq_open", error);
+  errors_.reset(errors);
+  error = fi_ep_bind(endpoint_.get(), &errors->fid, 0);
+  return error == 0 ? OkStatus() : Failed("fi_ep_bind", error);
+}
+
+void OfiEndpoint::DrainErrors() {
+  if (errors_ == nullptr) return;
+  uint32_t kind = 0;
+  std::byte entry[256];
+  // Bounded, should a device have an endless tale to tell.
+  for (int i = 0; i < 64; ++i) {
+    const ssize_t read =
+        fi_eq_read(errors_.get(), &kind, entry, sizeof(entry), 0);
+    if (read >= 0) continue;
+    if (read != -FI_EAVAIL) return;
+    union {
+      fi_eq_err_entry error;
+      std::byte room[256];
+    } error;
+    std::memset(&error, 0, sizeof(error));
+    if (fi_eq_readerr(errors_.get(), &error.error, 0) < 0) return;
+  }
 }
 
 // Libraries and providers that do not know an option refuse it, which is fine.

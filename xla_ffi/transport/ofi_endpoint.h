@@ -92,6 +92,9 @@ class OfiEndpoint {
 
   // Moves everything forward; false if there was nothing.
   bool Next(OfiEvent* event);
+  // Drops what the device says of no operation in particular. Peers that it
+  // concerns are found out by pings.
+  void DrainErrors();
 
  private:
   OfiEndpoint(const OfiLibrary& library, OfiProvider provider,
@@ -104,6 +107,7 @@ class OfiEndpoint {
   Status OpenObjects();
   Status OpenQueue();
   Status Enable();
+  Status BindErrors();
   void SetOptions();
   void ReadOptions();
   Status Failed(const char* call, int64_t error) const;
@@ -117,6 +121,7 @@ class OfiEndpoint {
   OfiOwned<fid_domain> domain_;
   OfiOwned<fid_av> addresses_;
   OfiOwned<fid_cq> queue_;
+  OfiOwned<fid_eq> errors_;  // of efa, which aborts the process without one
   OfiOwned<fid_ep> endpoint_;
 
   std::array<std::byte, kOfiEndpointBytesMax> name_ = {};

@@ -140,10 +140,14 @@ StatusOr<std::vector<OfiNic>> SelectOfiNics(
         known += (known.empty() ? "" : ", ") + nic.name;
         if (!nic.address.empty()) known += " (" + nic.address + ")";
       }
-      return Status(StatusCode::kInvalidArgument,
-                    "ofi/" + std::string(OfiProviderName(provider)) +
-                        " has no interface '" + name + "'; there are " + known +
-                        "; set JAXFABRIC_NICS to some of them");
+      std::string text = "ofi/";
+      text.append(OfiProviderName(provider))
+          .append(" has no interface '")
+          .append(name)
+          .append("'; there are ")
+          .append(known)
+          .append("; set JAXFABRIC_NICS to some of them");
+      return Status(StatusCode::kInvalidArgument, text);
     }
     selected.push_back(std::move(*found));
   }
