@@ -21,7 +21,12 @@ from jaxfabric._errors import (
     from_native,
     from_status,
 )
-from jaxfabric._interfaces import choose_interfaces, network_host
+from jaxfabric._interfaces import (
+    choose_interfaces,
+    first_core,
+    network_host,
+    share_interfaces,
+)
 from jaxfabric._libfabric import libfabric_path
 from jaxfabric._mesh import (
     choose_transport,
@@ -47,15 +52,19 @@ class Fabric:
       mesh: a `jax.sharding.Mesh`; ``None`` takes the one of `jax.set_mesh`.
       transport: ``"shm"`` (processes of one host); ``"ofi/tcp"``, ``"ofi/efa"`` and
         ``"ofi/efa-direct"`` (NICs, by way of libfabric); ``"fake"`` (one process,
-        seeded chaos, for tests); ``None`` is ``"shm"``. A rank uses all EFA devices,
-        and for TCP one interface: loopback if all processes run on one host, else
-        the one that leads to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
+        seeded chaos, for tests); ``None`` is ``"shm"``. The processes of a host share
+        its EFA devices evenly, each taking those closest to its cores. For TCP there
+        is one interface: loopback if all processes run on one host, else the one
+        that leads to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       name: tells Fabrics over one mesh apart.
       mailbox_bytes: largest message between two ranks, in bytes.
       window_bytes: memory for all windows, in bytes.
       chaos: options of the fake transport: ``seed``, ``pieces_max``,
         ``delay_max_s``, ``again_share``.
+
+    Attributes:
+      nics: the NICs that this process uses; none for transports without.
 
     Raises:
       TransportUnavailableError: the transport cannot work here, with the reason.
@@ -96,7 +105,7 @@ class Fabric:
             transport or settings.transport, self._processes
         )
         self._windows: list[Window] = []
-        self._hosts: list[str] = []  # of the processes
+        self.nics: list[str] = []
         _warn_if_pool_is_narrow(self._devices)
         generation = _current.next_generation(self.key, self.name)
         self._rendezvous = Rendezvous(
@@ -145,7 +154,7 @@ class Fabric:
             chaos=chaos,
             network=f"{self.key:x}/{generation}",
             libfabric=libfabric_path(),
-            nics=choose_interfaces(self.transport, self._hosts),
+            nics=self.nics,
         )
         mine = {rank: self._native.address(rank).hex() for _, rank in local}
         for payload in self._rendezvous.all_gather(json.dumps(mine).encode()):
@@ -170,6 +179,7 @@ class Fabric:
             "asked": asked,
             "secret": secrets.token_hex(32),
             "host": network_host(),
+            "core": first_core(),
         }
         answers = [
             json.loads(answer)
@@ -183,8 +193,15 @@ class Fabric:
                         f"{jax.process_index()} but {answer['asked'][what]!r} on "
                         f"process {process}; give all processes the same"
                     )
-        self._hosts = [answer["host"] for answer in answers]
+        self.nics = self._choose_nics(answers)
         return bytes.fromhex(answers[0]["secret"])
+
+    def _choose_nics(self, answers: Sequence[Mapping[str, Any]]) -> list[str]:
+        hosts = [answer["host"] for answer in answers]
+        cores = [answer["core"] for answer in answers]
+        me = self._processes.index(jax.process_index())
+        chosen = choose_interfaces(self.transport, hosts)
+        return chosen or share_interfaces(self.transport, hosts, cores, me)
 
     def _abandon(self) -> None:
         if self._native is not None:

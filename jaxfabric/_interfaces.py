@@ -7,10 +7,14 @@ import pathlib
 import socket
 from collections.abc import Sequence
 
+from jaxfabric import _ffi
 from jaxfabric._config import config
+from jaxfabric._libfabric import libfabric_path
 from jaxfabric._rendezvous import coordinator_address
 
 _LOOPBACK = "lo"
+# Transports whose NICs are shared out. TCP has one interface that leads anywhere.
+_SHARED = "ofi/efa"
 # Reserved for documentation, hence reached by the default route. Nothing is sent.
 _ELSEWHERE = ("192.0.2.1", 9)
 
@@ -40,6 +44,31 @@ def choose_interfaces(transport: str, hosts: Sequence[str]) -> list[str]:
     if transport != "ofi/tcp":
         return []
     return [_LOOPBACK] if len(set(hosts)) <= 1 else [_outward_address()]
+
+
+def share_interfaces(
+    transport: str, hosts: Sequence[str], cores: Sequence[int], process: int
+) -> list[str]:
+    """A process's share of its host's NICs, the closest ones; none: all there are.
+
+    Args:
+      transport: as given to `jf.Fabric`.
+      hosts: `network_host` of each process.
+      cores: the core that each process runs on; see `first_core`.
+      process: whose share, an index into both.
+    """
+    if not transport.startswith(_SHARED):
+        return []
+    here = [i for i, host in enumerate(hosts) if host == hosts[process]]
+    shares = _ffi.native().share_nics(
+        transport, libfabric_path(), [cores[i] for i in here]
+    )
+    return list(shares[here.index(process)]) if shares else []
+
+
+def first_core() -> int:
+    """The first core that this process may run on."""
+    return min(os.sched_getaffinity(0))
 
 
 def _outward_address() -> str:

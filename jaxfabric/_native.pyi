@@ -18,6 +18,10 @@ def pool_threads() -> int:
 def transport_states(libfabric: str) -> list[tuple[str, str, str, str]]:
     """Name, state, reason and fix of each transport."""
 
+def share_nics(
+    transport: str, libfabric: str, cores: Sequence[int]
+) -> list[list[str]]: ...
+
 class NativeFabric:
     """The local ranks of one Fabric."""
 

@@ -165,6 +165,24 @@ def test_interfaces_are_named_or_found() -> None:
         assert _interfaces.choose_interfaces("ofi/tcp", [here]) == ["a0", "a1"]
 
 
+def test_processes_of_a_host_share_its_nics(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[int]]] = []
+
+    class Native:
+        @staticmethod
+        def share_nics(transport: str, library: str, cores: list[int]) -> Any:
+            asked.append((transport, cores))
+            return [[f"nic of {core}"] for core in cores]
+
+    monkeypatch.setattr(_ffi, "native", Native)
+    hosts, cores = ["a", "b", "a", "b"], [0, 8, 4, 9]
+    share = _interfaces.share_interfaces("ofi/efa", hosts, cores, 2)
+    assert share == ["nic of 4"]
+    assert asked == [("ofi/efa", [0, 4])]
+    assert _interfaces.share_interfaces("ofi/tcp", hosts, cores, 2) == []
+    assert _interfaces.share_interfaces("shm", hosts, cores, 2) == []
+
+
 def test_the_library_is_the_one_that_is_set() -> None:
     with jf.config(libfabric="/opt/libfabric.so.1"):
         assert _libfabric.libfabric_path() == "/opt/libfabric.so.1"

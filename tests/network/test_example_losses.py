@@ -28,6 +28,6 @@ def test_losses_over_tcp_and_efa_are_those_over_shm(
     assert len(expected) == STEPS
     over_tcp = _losses(tmp_path / "tcp", "ofi/tcp")
     np.testing.assert_array_equal(over_tcp, expected)
-    with SoftEfa(softefa_build, nics=2, chaos=5) as network:
+    with SoftEfa(softefa_build, nics=4, chaos=5) as network:
         over_efa = _losses(tmp_path / "efa", "ofi/efa", network.environment())
     np.testing.assert_array_equal(over_efa, expected)

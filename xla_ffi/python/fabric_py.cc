@@ -169,6 +169,8 @@ void RegisterFabric(nb::module_& m) {
   m.def("pool_threads", [] { return ElasticPool::Get().ThreadCount(); });
   m.def("transport_states", &TransportStates, nb::arg("libfabric"),
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("share_nics", &ShareNics, nb::arg("transport"), nb::arg("libfabric"),
+        nb::arg("cores"), nb::call_guard<nb::gil_scoped_release>());
   nb::class_<NativeFabric>(m, "NativeFabric")
       .def(nb::init<const std::string&, std::vector<int64_t>,
                     const std::vector<std::pair<int64_t, uint32_t>>&, uint32_t,

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "base/topology.h"
 #include "transport/availability.h"
 #include "transport/fake.h"
 #include "transport/ofi.h"
@@ -43,6 +44,28 @@ StatusOr<std::unique_ptr<Transport>> OpenTransport(
   fake.delay_max_ns = static_cast<int64_t>(number("delay_max_s", 0) * 1e9);
   fake.again_share = number("again_share", 0);
   return OpenFakeTransport(fake);
+}
+
+std::vector<std::vector<std::string>> ShareNics(
+    const std::string& kind, const std::string& libfabric,
+    const std::vector<uint32_t>& cores) {
+  if (!kind.starts_with(kOfiPrefix)) return {};
+  // libfabric calls a device "rdmap0s6-rdm" that the system calls "rdmap0s6".
+  std::map<std::string, std::string> nic_by_device;
+  std::vector<std::string> devices;
+  for (const std::string& nic :
+       OfiNicNames(kind.substr(kOfiPrefix.size()), libfabric)) {
+    devices.push_back(nic.substr(0, nic.rfind("-rdm")));
+    nic_by_device[devices.back()] = nic;
+  }
+  std::vector<RankPlace> places;
+  places.reserve(cores.size());
+  for (const uint32_t core : cores) places.push_back({.core = core});
+  auto shares = SplitNics(Topology::OfThisMachine(), devices, places);
+  for (auto& share : shares) {
+    for (std::string& device : share) device = nic_by_device[device];
+  }
+  return shares;
 }
 
 std::vector<TransportRow> TransportStates(const std::string& libfabric) {

@@ -3,6 +3,7 @@
 #ifndef JAXFABRIC_PYTHON_OPEN_TRANSPORT_H_
 #define JAXFABRIC_PYTHON_OPEN_TRANSPORT_H_
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
@@ -21,6 +22,12 @@ StatusOr<std::unique_ptr<Transport>> OpenTransport(
     const std::map<std::string, double>& chaos, const std::string& network,
     const std::string& libfabric = "",
     const std::vector<std::string>& nics = {});
+
+// The NICs of this host, evenly over its processes: to each the closest to the
+// core that it runs on. Nothing where `kind` has none to choose from.
+std::vector<std::vector<std::string>> ShareNics(
+    const std::string& kind, const std::string& libfabric,
+    const std::vector<uint32_t>& cores);
 
 // Name, state, reason and fix of each transport that users choose from.
 using TransportRow =

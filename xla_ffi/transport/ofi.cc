@@ -24,6 +24,10 @@ TransportState OfiState(const std::string&, const std::string&) {
           "jaxfabric from source"};
 }
 
+std::vector<std::string> OfiNicNames(const std::string&, const std::string&) {
+  return {};
+}
+
 StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(
     const OfiOptions& options) {
   return OfiState(options.provider, options.library)
@@ -134,6 +138,19 @@ TransportState OfiState(const std::string& provider,
             "name one of those"};
   }
   return Look(*parsed, library).state;
+}
+
+std::vector<std::string> OfiNicNames(const std::string& provider,
+                                     const std::string& library) {
+  std::vector<std::string> names;
+  const StatusOr<OfiProvider> parsed = ParseOfiProvider(provider);
+  if (!parsed.ok()) return names;
+  for (const OfiNic& nic : Look(*parsed, library).nics) {
+    if (std::find(names.begin(), names.end(), nic.name) == names.end()) {
+      names.push_back(nic.name);
+    }
+  }
+  return names;
 }
 
 StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(

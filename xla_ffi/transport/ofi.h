@@ -33,6 +33,10 @@ struct OfiOptions {
 StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(
     const OfiOptions& options);
 
+// Those that there are, in libfabric's order; none where the state says why.
+std::vector<std::string> OfiNicNames(const std::string& provider,
+                                     const std::string& library);
+
 // Looks without opening anything that stays open.
 TransportState OfiState(const std::string& provider,
                         const std::string& library);
