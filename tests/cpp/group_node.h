@@ -47,6 +47,11 @@ class GroupNode {
     remote = {0, bytes, *group->RegisterMemory({target_.data(), bytes, -1})};
   }
 
+  // Domains go before their Transport.
+  ~GroupNode() { group.reset(); }
+  GroupNode(const GroupNode&) = delete;
+  GroupNode& operator=(const GroupNode&) = delete;
+
   void Connect(uint32_t name, GroupNode& other) {
     const Status added =
         group->AddPeer(name, other.group->addresses(), Deadline());

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from network import link_pair, namespaces, softefa
 
 BUILD_VARIABLE = "JAXFABRIC_TEST_BUILD"

@@ -77,12 +77,14 @@ def _share_of_the_links(
     return statistics.median(shares)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_an_engine_fills_equal_links(build: Path, libfabric: str, count: int) -> None:
     with _links(build, libfabric, ["500mbit"] * count) as links:
         assert _share_of_the_links(links, [500] * count, 0.4, repeats=3) >= 0.95
 
 
+@pytest.mark.slow
 def test_a_slow_link_slows_only_itself(build: Path, libfabric: str) -> None:
     # An equal split over the four would reach 31 %.
     rates = ["1gbit", "1gbit", "1gbit", "250mbit"]

@@ -72,6 +72,7 @@ def _pair(build: Path, libfabric: str, provider: str, network: SoftEfa):
     return link_pair((command, command), REGION_BYTES, environments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", BOTH)
 def test_four_paced_nics_carry_four_times_as_much_as_one(
     softefa_build: Path, libfabric: str, provider: str
@@ -92,6 +93,7 @@ def test_four_paced_nics_carry_four_times_as_much_as_one(
     assert max(four_rate) >= 3.95 * max(one_rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("provider", BOTH)
 def test_a_slow_nic_slows_only_itself(
     softefa_build: Path, libfabric: str, provider: str
