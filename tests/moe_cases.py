@@ -23,15 +23,10 @@ def has_native() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
-IMPLEMENTATIONS = [
-    "reference",
-    pytest.param(
-        "fabric",
-        marks=pytest.mark.skipif(
-            not has_native(), reason="jaxfabric._native is not built"
-        ),
-    ),
-]
+NEEDS_NATIVE = pytest.mark.skipif(
+    not has_native(), reason="jaxfabric._native is not built"
+)
+IMPLEMENTATIONS = ["reference", pytest.param("fabric", marks=NEEDS_NATIVE)]
 
 
 @contextlib.contextmanager

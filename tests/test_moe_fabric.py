@@ -130,7 +130,8 @@ def scanned(
 
 @pytest.mark.jaxfabric(processes=4)
 @pytest.mark.parametrize(
-    ("dtype", "remat"), [(np.float32, True), (jnp.bfloat16, False)]
+    ("dtype", "remat"),
+    [(np.float32, True), pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow)],
 )
 def test_scanned_layers_with_gradients(dtype: Any, remat: bool) -> None:
     """Forward and all gradients equal the reference's, over three layers."""

@@ -10,7 +10,15 @@ import moe_oracle
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from moe_cases import IMPLEMENTATIONS, data, experts, make_mesh, on_mesh, open_fabric
+from moe_cases import (
+    IMPLEMENTATIONS,
+    NEEDS_NATIVE,
+    data,
+    experts,
+    make_mesh,
+    on_mesh,
+    open_fabric,
+)
 
 from jaxfabric import moe
 
@@ -77,13 +85,21 @@ def second(function: Any, *operands: Any) -> jax.Array:
     return sum((g * jnp.sin(jnp.arange(g.size)).reshape(g.shape)).sum() for g in grads)
 
 
+FORMS = ["whole", "halves", "unweighted"]
+CASES = [
+    ("reference", "whole"),
+    # They differ from the first in a line, and compile for long.
+    *(pytest.param("reference", form, marks=pytest.mark.slow) for form in FORMS[1:]),
+    *(pytest.param("fabric", form, marks=NEEDS_NATIVE) for form in FORMS),
+]
+
+
 def close(actual: Any, expected: Any) -> None:
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, abs(b).max()))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("form", ["whole", "halves", "unweighted"])
+@pytest.mark.parametrize(("implementation", "form"), CASES)
 @pytest.mark.parametrize(
     "options",
     [{}, {"expand": False, "expert_alignment": 4}, {"capacity": 4}],
