@@ -22,7 +22,8 @@
 
 #ifdef __SANITIZE_ADDRESS__
 // Debian's libfabric 1.17 does not free what it holds of a broken connection.
-extern "C" const char* __lsan_default_suppressions() {
+extern "C" __attribute__((visibility("default"))) const char*
+__lsan_default_suppressions() {
   return "leak:libfabric.so";
 }
 #endif
