@@ -214,7 +214,8 @@ std::string TransferEngine::DescribeLocked(const Submission& submission) const {
 
 // Ends an operation early: at once where nobody else holds its buffers, else
 // once its open writes have ended.
-void TransferEngine::StopLocked(const SubmissionPtr& submission, Status why) {
+void TransferEngine::StopLocked(const SubmissionPtr& submission,
+                                const Status& why) {
   if (submission->over || submission->stopped_ns) return;
   if (submission->failure.ok()) submission->failure = why;
   std::vector<std::function<void()>> ready;
@@ -239,7 +240,7 @@ void TransferEngine::StopLocked(const SubmissionPtr& submission, Status why) {
     case SubmissionKind::kSend:  // its bytes were copied
       break;
   }
-  FinishLocked(submission, std::move(why));
+  FinishLocked(submission, why);
   RunLocked(&ready);
 }
 

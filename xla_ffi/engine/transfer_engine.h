@@ -168,7 +168,7 @@ class TransferEngine {
   void FinishLocked(const SubmissionPtr& submission, const Status& status,
                     uint32_t peer = kUnknownPeer);
   void RemoveUnusedLocked();
-  void StopLocked(const SubmissionPtr& submission, Status why);
+  void StopLocked(const SubmissionPtr& submission, const Status& why);
   void HousekeepLocked(int64_t now_ns);
   void EndExpiredLocked(int64_t now_ns);
   std::string DescribeLocked(const Submission& submission) const;
