@@ -103,7 +103,7 @@ apt-get install -y --no-install-recommends {APT_PACKAGES}
 
 LINT = Stage(
     "lint",
-    320,
+    340,
     _venv("py311")
     + """
 pip install '.[dev]'
@@ -190,7 +190,7 @@ STAGES = (
     Stage("example", 120, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
     NETWORK,
-    Stage("cpp-asan", 300, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
+    Stage("cpp-asan", 280, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
     Stage("cpp-tsan", 260, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     LINT,
     BAZEL,
