@@ -180,8 +180,7 @@ class NativeTransferEngine {
                           MaybeSeconds timeout_s) {
     std::string bytes = ToString(message);
     nb::gil_scoped_release release;
-    return Submitted(
-        engine()->SubmitSend(peer, std::move(bytes), ToDeadline(timeout_s)));
+    return Submitted(engine()->SubmitSend(peer, bytes, ToDeadline(timeout_s)));
   }
   void SubmitRecvs(std::optional<nb::callable> function) {
     MessageInbox::Callback receive;
