@@ -31,8 +31,9 @@ class TransferBase:
 
     def close(self) -> None:
         """Closes it; may be called again. What is under way fails with "closed"."""
+        # Registered arrays stay as long as this object: a thread that waits in a call
+        # of it keeps the engine, and so the NICs, until that call is back.
         self._close()
-        self._regions.clear()
 
     @property
     def closed(self) -> bool:

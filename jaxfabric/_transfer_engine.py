@@ -255,7 +255,8 @@ class TransferEngine(Messages, Writes):
     def unregister_memory(self, region: Region, timeout_s: float | None = None) -> None:
         """Waits for the operations that use a region, and forgets it.
 
-        Peers' writes into it are refused from then on. The array stays valid.
+        Peers' writes into it are refused from then on; over ``ofi/tcp`` one that is
+        arriving just now may still land, so tell peers first. The array stays valid.
         """
         with native_errors():
             native = self._native.unregister_memory(region.key, timeout_s)

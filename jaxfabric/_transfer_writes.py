@@ -69,7 +69,7 @@ class Writes(TransferBase):
             return source.key, 0, source.nbytes
         array = as_array(source, what)
         begin = address_of(array)
-        for region in self._regions.values():
+        for region in list(self._regions.values()):  # threads may add some
             offset = begin - region.address
             if 0 <= offset and offset + array.nbytes <= region.nbytes:
                 return region.key, offset, array.nbytes

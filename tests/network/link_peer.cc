@@ -7,9 +7,10 @@
 //
 //   connect ADDRESS REGION TIMEOUT_S  to the other end, as it printed them
 //   fill SEED                         the region, by a pattern
-//   write ID COUNT TIMEOUT_S          the region to the other end's, COUNT
-//   times expect ID COUNT TIMEOUT_S         as many transfers from the other
-//   end check SEED                        that the region holds the pattern
+//   write ID COUNT TIMEOUT_S          COUNT times into the other end's region
+//   expect ID COUNT TIMEOUT_S         so many transfers of the other end
+//   count ID                          transfers that came and were not expected
+//   check SEED                        that the region holds the pattern
 //   stats                             bytes written by each NIC
 //
 // tests/network/link_pair.py starts two of them and joins them by pipes, so

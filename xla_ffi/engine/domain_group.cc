@@ -147,8 +147,7 @@ StatusOr<TransferHandle> DomainGroup::SubmitWrite(
   if (id && peer->quarantined.contains(*id)) {
     return Status(StatusCode::kFailedPrecondition,
                   "an earlier transfer under this id ended badly when it was "
-                  "partly sent; take another id, or ReleaseId once peer " +
-                      std::to_string(name) + " has dropped what it holds");
+                  "partly sent; take another id");
   }
   uint64_t write_bytes_max = caps().write_bytes_max;
   for (const auto& domain : domains_) {

@@ -113,7 +113,7 @@ class NativeTransferEngine {
   }
   ~NativeTransferEngine() { Close(); }
 
-  // Whoever calls it at the same time still has the engine until he is back.
+  // Who calls it at the same time has the engine until that call is back.
   void Close() {
     nb::gil_scoped_release release;
     std::shared_ptr<TransferEngine> engine;

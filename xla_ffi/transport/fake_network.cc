@@ -46,7 +46,7 @@ std::shared_ptr<FakeNetwork> FakeNetwork::Find(const std::string& name) {
 
 FakeNetwork::FakeNetwork(uint64_t id, const FakeOptions& options)
     : id_(id), clock_ns_(options.clock_ns), random_(options.seed) {
-  // Who has a clock of his own polls by it.
+  // Whoever has another clock polls by it.
   if (clock_ns_ == MonotonicNanoseconds) {
     timer_ = std::thread([this] { RunTimer(); });
   }

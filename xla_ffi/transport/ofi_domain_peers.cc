@@ -1,4 +1,4 @@
-// OfiDomain: who is there, and whether he still lives.
+// OfiDomain: who is there, and who still lives.
 
 #include "transport/ofi_domain.h"
 

@@ -198,7 +198,7 @@ StatusOr<std::shared_ptr<ShmMapping>> ShmSwitchboard::MapRegion(
 }
 
 // A mapping of its own, like that of another process: a write that races with
-// UnregisterMemory then hits live pages, whatever the owner does with his.
+// UnregisterMemory then hits live pages, whatever the owner does with its own.
 StatusOr<std::shared_ptr<ShmMapping>> ShmSwitchboard::MapOwnRegionLocked(
     Region& region) {
   if (auto mapping = region.mapping.lock()) return mapping;
