@@ -227,7 +227,19 @@ Status Engine::Drain(Deadline deadline) {
 }
 
 void Engine::SayGoodbye() {
-  for (auto& [rank, endpoint] : endpoints_) endpoint->SayGoodbye();
+  Status failed;
+  std::optional<uint32_t> lost_rank;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed = failure_;
+    if (!lost_ranks_.empty()) lost_rank = lost_ranks_.front();
+  }
+  for (auto& [rank, endpoint] : endpoints_) {
+    // Who told this rank told all, but a farewell may come first, and whoever
+    // hears only that would blame this rank.
+    if (!failed.ok()) endpoint->BroadcastAbort(failed, lost_rank);
+    endpoint->SayGoodbye();
+  }
 }
 
 bool Engine::Drained() const {
