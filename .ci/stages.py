@@ -137,7 +137,7 @@ pytest -m smoke
 
 BAZEL = Stage(
     "bazel",
-    235,
+    285,
     _venv("py311")
     + """
 pip install 'jaxlib>=0.9.1,<0.11.1' 'nanobind>=3'
@@ -173,7 +173,7 @@ export JAXFABRIC_TEST_BUILD=build/ci/cpp
 )
 NETWORK = Stage(
     "network",
-    200,
+    190,
     _NETWORK_BUILD
     + """
 build/ci/cpp/tests/softefa/softefa_test --gtest_brief=1
@@ -185,7 +185,7 @@ pytest tests/network
 # bring what their extras forgot. The others share one and install what they need.
 STAGES = (
     MACHINE,
-    Stage("tests-py311", 640, _venv("py311") + TEST_COMMAND),
+    Stage("tests-py311", 600, _venv("py311") + TEST_COMMAND),
     HOSTS,
     Stage("example", 120, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
