@@ -92,7 +92,7 @@ awk '/: Skipped$/ {{ at = $1; getline; print "SKIPPED " at " " $0 }}' \
 
 MACHINE = Stage(
     "machine",
-    70,
+    60,
     f"""
 dpkg -s {APT_PACKAGES} >/dev/null 2>&1 && exit 0
 export DEBIAN_FRONTEND=noninteractive
@@ -103,7 +103,7 @@ apt-get install -y --no-install-recommends {APT_PACKAGES}
 
 LINT = Stage(
     "lint",
-    340,
+    420,
     _venv("py311")
     + """
 pip install '.[dev]'
@@ -120,7 +120,7 @@ find xla_ffi -name '*.cc' | sort |
 
 SMOKE_PY312 = Stage(
     "smoke-py312",
-    135,
+    190,
     f"""
 python=
 for candidate in python3.12 "$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python; do
@@ -137,7 +137,7 @@ pytest -m smoke
 
 BAZEL = Stage(
     "bazel",
-    285,
+    265,
     _venv("py311")
     + """
 pip install 'jaxlib>=0.9.1,<0.11.1' 'nanobind>=3'
@@ -150,7 +150,7 @@ PYTHON_BIN_PATH=$(command -v python) \
 # example's losses, which the README's test command leaves to this stage.
 HOSTS = Stage(
     "hosts",
-    120,
+    130,
     _venv("py311")
     + """
 pip install '.[test]'
@@ -173,7 +173,7 @@ export JAXFABRIC_TEST_BUILD=build/ci/cpp
 )
 NETWORK = Stage(
     "network",
-    190,
+    240,
     _NETWORK_BUILD
     + """
 build/ci/cpp/tests/softefa/softefa_test --gtest_brief=1
@@ -185,20 +185,20 @@ pytest tests/network
 # bring what their extras forgot. The others share one and install what they need.
 STAGES = (
     MACHINE,
-    Stage("tests-py311", 600, _venv("py311") + TEST_COMMAND),
+    Stage("tests-py311", 620, _venv("py311") + TEST_COMMAND),
     HOSTS,
-    Stage("example", 120, _venv("example") + EXAMPLE_COMMAND),
+    Stage("example", 165, _venv("example") + EXAMPLE_COMMAND),
     SMOKE_PY312,
-    NETWORK,
-    Stage("cpp-asan", 280, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
+    Stage("cpp-asan", 290, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
     Stage("cpp-tsan", 260, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     LINT,
     BAZEL,
 )
 
-# Longer forms, run by name only. Bazel runs the C++ tests plain; `cpp` is the same
-# through CMake.
+# Longer forms, run by name only: the networks until the C++ stages leave them time.
+# Bazel runs the C++ tests plain; `cpp` is the same through CMake.
 LONG_STAGES = (
+    NETWORK,
     Stage("cpp", 300, _cpp("cpp")),
     Stage("network-rates", 300, _NETWORK_BUILD + "pytest -m slow tests/network -s\n"),
     Stage("long", 5400, _venv("py311") + "pip install '.[test]'\npytest -m slow"),
