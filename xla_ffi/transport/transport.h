@@ -40,11 +40,14 @@ using PeerId = uint32_t;
 inline constexpr PeerId kUnknownPeer = ~PeerId{0};
 
 // Memory to be registered. `fd` is the memfd that is mapped at `base` from its
-// start, which the shm transport needs; -1 where there is none.
+// start, which the shm transport needs; -1 where there is none. Device memory
+// comes as `dmabuf_fd`, in which `base` lies at `dmabuf_offset`.
 struct MemoryRegion {
   std::byte* base = nullptr;
   uint64_t length = 0;
   int fd = -1;
+  int dmabuf_fd = -1;
+  uint64_t dmabuf_offset = 0;
 };
 
 // Registered memory of this rank, as the source of a write.
@@ -63,10 +66,19 @@ struct RemoteSpan {
 
 enum class AddressMode { kOffset, kVirtualAddress };
 
+// One contiguous part of a write; offsets count from where the spans begin.
+struct Piece {
+  uint64_t local_offset = 0;
+  uint64_t remote_offset = 0;
+  uint64_t length = 0;
+};
+
 // All of it is read from the device, none is assumed.
 struct DomainCaps {
   const char* transport = "";
   uint64_t write_bytes_max = 0;
+  // That PostPieces takes: one write of several costs less than several writes.
+  uint32_t write_pieces_max = 1;
   uint32_t message_bytes_max = 0;
   // Writes and messages that may be posted and not yet completed.
   uint32_t queue_depth = 0;
@@ -82,9 +94,7 @@ struct DomainCaps {
   bool target_must_poll = false;
   // The device has no remote writes of its own; software there does them.
   bool emulated_writes = false;
-  // Once RemovePeer has returned, nothing that the peer has posted lands here
-  // any more, and what it posts fails until it has added this Domain anew; what
-  // landed before is still polled, under its PeerId.
+  // FencePeer keeps its word.
   bool removal_fences = false;
   // DirectPointer works: peers' memory can be stored to by the processor.
   bool direct_store = false;
@@ -119,6 +129,7 @@ class Domain {
   virtual ~Domain() = default;
 
   virtual const DomainCaps& caps() const = 0;
+  // It may change while peers are added or removed, in its last bytes.
   virtual const NetAddr& address() const = 0;
 
   // Makes `region` a target of peers' writes; returns its key. The memory must
@@ -128,12 +139,20 @@ class Domain {
 
   // Connects to the Domain that `address` names; the same address gives the
   // same PeerId. Fails with a sentence on a malformed, stale or foreign
-  // address; one that is merely stale may instead be found lost soon after.
+  // address; one that is merely stale may instead be found lost soon after,
+  // at the deadline at the latest.
   virtual StatusOr<PeerId> AddPeer(const NetAddr& address,
                                    Deadline deadline) = 0;
   // Forgets a peer. Posts to it that are not complete end, with kError where
   // the transport can still stop them.
   virtual void RemovePeer(PeerId peer) = 0;
+  // Forgets a peer, and keeps it out where caps().removal_fences: once IsFenced
+  // says so, all posts to it have ended, nothing that it has posted lands here
+  // any more, and what it posts fails until both have added each other anew.
+  // What landed before is still polled, under its PeerId. Other peers lose
+  // nothing; they may have to wait for some milliseconds.
+  virtual void FencePeer(PeerId peer) { RemovePeer(peer); }
+  virtual bool IsFenced(PeerId) const { return true; }
 
   // Writes `length` bytes (0 is allowed) from `local` to `remote`; if
   // `immediate` is given, the peer polls it once all bytes are there. Out of
@@ -143,6 +162,13 @@ class Domain {
                                         RemoteSpan remote, uint64_t length,
                                         std::optional<uint32_t> immediate,
                                         uint64_t cookie) = 0;
+  // The same for 1 to caps().write_pieces_max pieces, which become one write;
+  // each has bytes if there are several. For transports that take several.
+  virtual StatusOr<Posted> PostPieces(PeerId, LocalSpan, RemoteSpan,
+                                      std::span<const Piece>,
+                                      std::optional<uint32_t>, uint64_t) {
+    return Status(StatusCode::kUnimplemented, "a write has one piece here");
+  }
 
   // Two-sided, for control. The bytes are copied before the call returns.
   virtual StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
@@ -151,6 +177,10 @@ class Domain {
   // Moves everything forward and fills `completions`; returns how many. Sets
   // only the fields that the kind has.
   virtual size_t Poll(std::span<Completion> completions) = 0;
+
+  // Messages that were dropped since no Domain of this job and version sends
+  // them.
+  virtual uint64_t refused_frames() const { return 0; }
 
   // Where `length` bytes of the peer's memory are mapped here, or nullptr where
   // caps().direct_store is false or the span is out of range. What is stored
