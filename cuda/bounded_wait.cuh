@@ -1,0 +1,126 @@
+// BoundedWait: every spin of ours, with an end and a culprit.
+
+#ifndef JAXFABRIC_CUDA_BOUNDED_WAIT_CUH_
+#define JAXFABRIC_CUDA_BOUNDED_WAIT_CUH_
+
+#include <cstdint>
+
+#include "device_memory.cuh"
+#include "group_state.h"
+
+namespace jaxfabric::cuda {
+
+// Writes the error word, unless one is written already.
+__device__ inline void Fail(const Peers& peers, ErrorCode code,
+                            Operation operation, int peer, int detail,
+                            uint64_t epoch, uint64_t elapsed_ns) {
+  const auto value = static_cast<uint32_t>(code);
+  if (atomicCAS(&peers.state->failed, 0u, value) != 0u) return;
+  ErrorWord* const word = peers.error;
+  word->operation = static_cast<uint32_t>(operation);
+  word->peer = static_cast<uint32_t>(peer);
+  word->detail = detail;
+  word->epoch = epoch;
+  word->elapsed_ns = elapsed_ns;
+  __threadfence_system();  // the host reads the code first
+  *const_cast<volatile uint32_t*>(&word->code) = value;
+}
+
+__device__ inline bool HasFailed(const Peers& peers) {
+  return LoadRelaxedGpu(&peers.state->failed) != 0;
+}
+
+// Use: BoundedWait wait(...); while (!there) { if (wait.Expired()) ...; }
+class BoundedWait {
+ public:
+  // Who waits for threads that wait themselves is `patience` times as patient,
+  // so that the error names the one that they wait for.
+  __device__ BoundedWait(const Peers& peers, Operation operation, int peer,
+                         uint64_t epoch, int patience = 1)
+      : peers_(peers),
+        operation_(operation),
+        peer_(peer),
+        epoch_(epoch),
+        patience_(patience) {}
+
+  // After a miss. True if the wait is over because it took too long, or because
+  // another thread of this rank failed.
+  __device__ bool Expired() {
+    if (++misses_ % kMissesPerLook != 0) return false;
+    if (HasFailed(peers_)) return true;
+    const uint64_t now = GlobalNanoseconds();
+    if (began_ns_ == 0) began_ns_ = now;
+    if (now - began_ns_ <= peers_.timeout_ns * patience_) return false;
+    Fail(peers_, ErrorCode::kTimeout, operation_, peer_, 0, epoch_,
+         now - began_ns_);
+    return true;
+  }
+
+ private:
+  // Looking at the clock costs more than looking at the flag.
+  static constexpr uint32_t kMissesPerLook = 512;
+
+  const Peers& peers_;
+  Operation operation_;
+  int peer_;
+  uint64_t epoch_;
+  int patience_;
+  uint64_t began_ns_ = 0;
+  uint32_t misses_ = 0;
+};
+
+// One lane waits for a flag of a peer to become at least `value`.
+__device__ inline bool WaitForFlag(const Peers& peers, Operation operation,
+                                   int peer, const uint64_t* flag,
+                                   uint64_t value, bool acquire) {
+  BoundedWait wait(peers, operation, peer, value);
+  while ((acquire ? LoadAcquireSystem(flag) : LoadRelaxedSystem(flag)) <
+         value) {
+    if (wait.Expired()) return false;
+  }
+  return true;
+}
+
+__device__ inline uint64_t* FlagLine(char* heap, size_t flags, int rank) {
+  return reinterpret_cast<uint64_t*>(heap + flags + rank * kLineBytes);
+}
+
+// By one thread of a kernel: checks the program's mesh and passes its token on.
+__device__ inline void EnterProgramCall(const Peers& peers, Operation operation,
+                                        uint64_t epoch) {
+  const ProgramCall& call = peers.call;
+  if (call.token_out != nullptr) *call.token_out = *call.token;
+  if (call.position == nullptr || *call.position == peers.rank) return;
+  Fail(peers, ErrorCode::kWrongPosition, operation, peers.rank, *call.position,
+       epoch, 0);
+}
+
+// The epoch of a kernel with messages, 0 if the group has failed. Each warp
+// reads it for itself, beside its first loads of data.
+__device__ inline uint64_t ReadEpoch(const Peers& peers) {
+  const bool failed = HasFailed(peers);
+  const uint64_t epoch = LoadRelaxedSystem(&peers.state->message_epoch) + 1;
+  // All lanes take the same way, whatever another block writes meanwhile.
+  return __shfl_sync(kAllLanes, failed ? 0 : epoch, 0);
+}
+
+// By one thread of each block, after a barrier that all its threads passed with
+// the epoch read: the last block advances it for the next kernel.
+__device__ inline void AdvanceEpoch(const Peers& peers, uint64_t epoch) {
+  RankState* const state = peers.state;
+  if (AddAcquireReleaseGpu(&state->message_blocks, 1) != gridDim.x - 1) return;
+  state->message_blocks = 0;
+  StoreRelaxedSystem(&state->message_epoch, epoch);
+}
+
+// Where `source`'s messages of this epoch lie in the heap of `rank`.
+__device__ inline char* Mailbox(const Peers& peers, int rank, int source,
+                                uint64_t epoch) {
+  const uint64_t slot = source - (source > rank ? 1 : 0);
+  const uint64_t part = (epoch & 1) * (peers.ranks - 1) + slot;
+  return peers.heap[rank] + peers.message_begin + part * peers.mailbox_bytes;
+}
+
+}  // namespace jaxfabric::cuda
+
+#endif  // JAXFABRIC_CUDA_BOUNDED_WAIT_CUH_

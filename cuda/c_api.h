@@ -1,0 +1,39 @@
+// The C interface of libjaxfabric_cuda: what Python calls, through ctypes.
+//
+// Functions return 0, or a code of base/status.h; the text is then in
+// jaxfabric_cuda_error(), which belongs to the calling thread.
+
+#ifndef JAXFABRIC_CUDA_C_API_H_
+#define JAXFABRIC_CUDA_C_API_H_
+
+#include <stdint.h>
+
+#define JAXFABRIC_CUDA_EXPORT extern "C" __attribute__((visibility("default")))
+
+struct jaxfabric_cuda_group;
+
+JAXFABRIC_CUDA_EXPORT const char* jaxfabric_cuda_error();
+
+// The steps of Group, in group.h.
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_create(int ranks,
+                                                uint64_t window_bytes,
+                                                uint64_t mailbox_bytes,
+                                                jaxfabric_cuda_group** group);
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_add_local(jaxfabric_cuda_group* group,
+                                                   int rank, int device);
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_export(jaxfabric_cuda_group* group,
+                                                int rank, int* fd);
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_import(jaxfabric_cuda_group* group,
+                                                int rank, int fd);
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_open(jaxfabric_cuda_group* group);
+// The first failure of a kernel so far; never blocks.
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_failure(jaxfabric_cuda_group* group);
+
+// From here on programs find the group by its Fabric's key.
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_publish(jaxfabric_cuda_group* group,
+                                                 int64_t key, double timeout_s,
+                                                 int mesh_axes);
+// Waits for the kernels under way and frees the group; its key is unknown then.
+JAXFABRIC_CUDA_EXPORT void jaxfabric_cuda_close(jaxfabric_cuda_group* group);
+
+#endif  // JAXFABRIC_CUDA_C_API_H_

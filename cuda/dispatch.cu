@@ -1,0 +1,315 @@
+// Dispatch: one kernel that sends routes and rows, plans, and places what
+// comes.
+//
+// Few tokens: every block sends its share, makes the whole plan in its shared
+// memory and places its share; no block waits for another. Many tokens: the
+// first blocks only send, so that the link is busy from the first microsecond
+// to the last, while the others plan together and place rows as they come.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bounded_wait.cuh"
+#include "dispatch_place.cuh"
+#include "dispatch_plan.cuh"
+#include "ll128.cuh"
+#include "moe_kernels.h"
+#include "moe_shape.h"
+#include "row_segments.cuh"
+
+namespace jaxfabric::cuda {
+
+namespace {
+
+// The plan's tables, at `memory`, which may be null to get the size only.
+__host__ __device__ size_t LayTables(const MoeShape& shape, int blocks,
+                                     char* memory, PlanTables* tables) {
+  const size_t columns = shape.experts + 1;
+  size_t used = 0;
+  const auto take = [&](size_t words) {
+    char* const at = memory + used;
+    used += (words * 4 + 15) / 16 * 16;
+    return at;
+  };
+  tables->ids = reinterpret_cast<int32_t*>(
+      take(size_t(shape.ranks) * shape.tokens * shape.k));
+  tables->bits = reinterpret_cast<uint32_t*>(take(shape.tiles * columns));
+  tables->before = reinterpret_cast<uint32_t*>(take(shape.tiles * columns));
+  tables->block_sum = reinterpret_cast<uint32_t*>(take(blocks * columns));
+  tables->arrivals = reinterpret_cast<uint32_t*>(take(shape.tiles));
+  return used;
+}
+
+// Shared memory: three words per column, a buffer per warp, and in the small
+// form the plan's tables.
+__host__ __device__ size_t WarpBufferWords(const MoeShape& shape) {
+  const int routes = kTileTokens * shape.k;
+  const int columns = shape.experts + 1;
+  return ((routes > columns ? routes : columns) + 3) / 4 * 4;
+}
+
+__host__ __device__ size_t TotalsWords(const MoeShape& shape) {
+  return (3 * (shape.experts + 1) + 3) / 4 * 4;
+}
+
+size_t SharedBytes(const MoeShape& shape, bool many) {
+  PlanTables unused;
+  const size_t tables = many ? 0 : LayTables(shape, 1, nullptr, &unused);
+  return tables +
+         (TotalsWords(shape) + kDispatchWarps * WarpBufferWords(shape)) * 4;
+}
+
+template <bool kVector>
+__device__ void SendRows(const DispatchWork& w, WarpShare share) {
+  const MoeShape& shape = w.shape;
+  const RowItems work(SegmentsOf<kDispatchPackets>(shape), w.per_item);
+  const int64_t items = int64_t{shape.tokens} * work.items;
+  for (int64_t i = share.index; i < items; i += share.count) {
+    const int token = static_cast<int>(i / work.items);
+    const int first =
+        static_cast<int>(i - int64_t{token} * work.items) * work.per_item;
+    const char* const row = w.io.x + token * shape.row_bytes;
+    DispatchRow words;
+    // On its way before it is known where to.
+    LoadSegment<kVector>(shape, row, first, w.part, words);
+    const uint32_t others =
+        Destinations(shape, w.io.ids + int64_t{token} * shape.k) &
+        ~(1u << w.peers.rank);
+    if (others == 0) continue;
+    const int64_t at =
+        shape.rows_at + int64_t{token} * shape.row_packets * kPacketWire;
+    const int end = min(first + work.per_item, work.segments);
+    for (int s = first; s < end; ++s) {
+      if (s != first) LoadSegment<kVector>(shape, row, s, w.part, words);
+      for (uint32_t left = others; left != 0; left &= left - 1) {
+        char* const wire =
+            Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.epoch) + at;
+        SendSegment(shape, wire, s, w.lane, w.part, words, w.epoch);
+      }
+    }
+  }
+}
+
+template <bool kVector>
+__device__ void Send(const DispatchWork& w, WarpShare share) {
+  const MoeShape& shape = w.shape;
+  const int routes = shape.tiles_per_source * 2;
+  for (int i = share.index; i < routes; i += share.count) {
+    const bool weights = i >= shape.tiles_per_source;
+    const int tile = weights ? i - shape.tiles_per_source : i;
+    const void* const array =
+        weights ? static_cast<const void*>(w.io.weights) : w.io.ids;
+    SendRoutes(w.peers, shape, tile, weights, w.epoch, array);
+  }
+  // The warps that sent routes are the last to send rows.
+  SendRows<kVector>(
+      w, {(share.index + share.count - routes % share.count) % share.count,
+          share.count});
+}
+
+// A tile's ids, received or copied into the tables.
+__device__ bool TakeIds(const DispatchWork& w, const Tile& tile) {
+  const int64_t at =
+      (int64_t{tile.source} * w.shape.tokens + tile.first) * w.shape.k;
+  if (tile.source != w.peers.rank) {
+    return ReceiveRoutes(w.peers, w.shape, tile, false, w.epoch,
+                         w.tables.ids + at);
+  }
+  const int32_t* const from = w.io.ids + int64_t{tile.first} * w.shape.k;
+  for (int i = w.lane; i < tile.tokens * w.shape.k; i += kLanes) {
+    w.tables.ids[at + i] = from[i];
+  }
+  __syncwarp();
+  return true;
+}
+
+__device__ void Mark(const DispatchWork& w, int tile, const Tile& at) {
+  const int columns = PlanColumns(w.shape);
+  const int64_t first =
+      w.shape.kept_max < INT32_MAX ? ArrivalsBefore(w, tile) : 0;
+  uint32_t* const table = w.tables.bits + tile * columns;
+  uint32_t* const row = w.many ? w.warp_buffer : table;
+  const int bad =
+      MarkTile(w.shape, w.peers.rank, at.tokens, TileIds(w, at), first, row);
+  if (bad >= 0) {
+    Fail(w.peers, ErrorCode::kBadExpert, Operation::kDispatch, at.source,
+         (at.first + w.lane) * w.shape.k + bad, w.epoch, 0);
+  }
+  if (w.many) {
+    for (int c = w.lane; c < columns; c += kLanes) table[c] = row[c];
+    __syncwarp();
+  }
+}
+
+__device__ bool MakePlan(const DispatchWork& w, PlanTeam team) {
+  const int begin = FirstTile(w.shape, team, team.block);
+  const int end = FirstTile(w.shape, team, team.block + 1);
+  const bool limited = w.shape.kept_max < INT32_MAX;
+  const int warp = threadIdx.x / kLanes;
+  bool good = true;
+  for (int tile = begin + warp; tile < end; tile += kDispatchWarps) {
+    const Tile at = TileAt(w.shape, tile);
+    good &= TakeIds(w, at);
+    if (limited) {
+      const uint32_t count =
+          CountArrivals(w.shape, w.peers.rank, at.tokens, TileIds(w, at));
+      if (w.lane == 0) w.tables.arrivals[tile] = count;
+    } else {
+      Mark(w, tile, at);
+    }
+  }
+  if (limited) {
+    if (!SyncTeam(w.peers, team, w.epoch)) return false;
+    for (int tile = begin + warp; tile < end; tile += kDispatchWarps) {
+      Mark(w, tile, TileAt(w.shape, tile));
+    }
+  }
+  // A warp that waited in vain has marked garbage: nobody may follow the plan.
+  if (__syncthreads_or(!good)) return false;
+  SumOwnTiles(w.shape, team, w.tables, w.totals);
+  if (!SyncTeam(w.peers, team, w.epoch)) return false;
+  if (team.blocks == 1) {
+    if (threadIdx.x < kLanes) PlaceGroups(w.shape, w.totals);
+    __syncthreads();
+    return true;
+  }
+  SumBlocks(w.shape, team, w.tables, w.totals);
+  return SyncTeam(w.peers, team, w.epoch);
+}
+
+template <bool kVector>
+__device__ void Place(const DispatchWork& w, WarpShare share) {
+  const MoeShape& shape = w.shape;
+  for (int job = share.index; job < shape.tiles + 1; job += share.count) {
+    if (job < shape.tiles) PlaceRoutes(w, job);
+    if (job == shape.tiles) PlaceCounts(w);
+  }
+  const RowItems work(SegmentsOf<kDispatchPackets>(shape), w.per_item);
+  const int64_t items = int64_t{shape.ranks} * shape.tokens * work.items;
+  // From the last warp on: the first ones were busy with the routes. This
+  // rank's own rows come first, because nobody has to wait for them.
+  for (int64_t i = share.count - 1 - share.index; i < items; i += share.count) {
+    const auto row = static_cast<int>(i / work.items);
+    const int first =
+        static_cast<int>(i - int64_t{row} * work.items) * work.per_item;
+    const int turn = row / shape.tokens;
+    const int source = (w.peers.rank + turn) % shape.ranks;
+    PlaceRow<kVector>(w, source, row - turn * shape.tokens, first,
+                      min(first + work.per_item, work.segments));
+  }
+  PlaceNothing<kVector>(w, share);
+}
+
+template <bool kMany, bool kVector>
+__global__ void __launch_bounds__(kDispatchThreads, 1)
+    DispatchKernel(const __grid_constant__ Peers peers,
+                   const __grid_constant__ MoeShape shape,
+                   const __grid_constant__ DispatchBuffers io, char* workspace,
+                   int send_blocks, int per_item) {
+  extern __shared__ uint4 shared_memory[];
+  const uint64_t epoch = ReadEpoch(peers);
+  if (epoch == 0) return;
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+    EnterProgramCall(peers, Operation::kDispatch, epoch);
+  }
+  char* const shared = reinterpret_cast<char*>(shared_memory);
+  uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
+  const int columns = PlanColumns(shape);
+  const int warp = threadIdx.x / kLanes;
+  DispatchWork w = {peers, shape, io, {},    {},      nullptr,
+                    epoch, 0,     {}, kMany, per_item};
+  w.totals = {words, words + columns, words + 2 * columns};
+  w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
+  w.lane = threadIdx.x % kLanes;
+  w.part = MyPart(w.lane);
+  const int receive_blocks = gridDim.x - (kMany ? send_blocks : 0);
+  char* const tables =
+      kMany ? workspace
+            : shared + (TotalsWords(shape) +
+                        kDispatchWarps * WarpBufferWords(shape)) *
+                           4;
+  LayTables(shape, kMany ? receive_blocks : 1, tables, &w.tables);
+  int block = blockIdx.x;
+  if (!kMany || block < send_blocks) {
+    // A block's warps are far apart in the order of the work.
+    const int blocks = kMany ? send_blocks : gridDim.x;
+    const WarpShare share = {warp * blocks + block, blocks * kDispatchWarps};
+    Send<kVector>(w, share);
+    // The last block has the least to send.
+    if (block == blocks - 1) CountSent(w);
+    if (kMany) {
+      __syncthreads();
+      if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
+      return;
+    }
+  } else {
+    block -= send_blocks;
+  }
+  const PlanTeam team =
+      kMany ? PlanTeam{block, receive_blocks} : PlanTeam{0, 1};
+  if (!MakePlan(w, team)) return;
+  if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
+  const WarpShare share = {warp * receive_blocks + block,
+                           receive_blocks * kDispatchWarps};
+  Place<kVector>(w, share);
+}
+
+using Kernel = void (*)(Peers, MoeShape, DispatchBuffers, char*, int, int);
+
+Kernel KernelFor(bool many, bool vector) {
+  if (many) {
+    return vector ? DispatchKernel<true, true> : DispatchKernel<true, false>;
+  }
+  return vector ? DispatchKernel<false, true> : DispatchKernel<false, false>;
+}
+
+}  // namespace
+
+size_t PlanBytes(const MoeShape& shape, Grid grid) {
+  PlanTables unused;
+  return LayTables(shape, grid.blocks, nullptr, &unused);
+}
+
+Grid DispatchGrid(const MoeShape& shape, int blocks_max) {
+  const bool many =
+      SharedBytes(shape, false) > kSharedPlanBytesMax || shape.tokens > 256;
+  // The senders are as many as keep the link busy.
+  if (many) return {blocks_max, std::max(1, blocks_max / 5), 6};
+  return {blocks_max, 0, 1};
+}
+
+cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
+                           const DispatchBuffers& buffers, char* workspace,
+                           cudaStream_t stream) {
+  const bool many = grid.send_blocks > 0;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(kDispatchThreads);
+  config.dynamicSmemBytes = SharedBytes(shape, many);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = many ? 1 : 0;
+  const bool vector = IsVector(buffers.x, shape.row_bytes) &&
+                      IsVector(buffers.tokens, shape.row_bytes);
+  return cudaLaunchKernelEx(&config, KernelFor(many, vector), peers, shape,
+                            buffers, workspace, grid.send_blocks,
+                            grid.segments_per_item);
+}
+
+cudaError_t PreloadDispatchKernels() {
+  constexpr int kShared = 200 << 10;
+  for (const bool many : {false, true}) {
+    for (const bool vector : {false, true}) {
+      const cudaError_t error = cudaFuncSetAttribute(
+          KernelFor(many, vector), cudaFuncAttributeMaxDynamicSharedMemorySize,
+          kShared);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jaxfabric::cuda

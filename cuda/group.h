@@ -1,0 +1,77 @@
+// Group: the ranks of one NVLink domain that exchange messages, seen from one
+// process, which has one or more of them.
+//
+// Opened in three steps, with a rendezvous of the processes after each of the
+// first two: AddLocal for each own rank; Import of the others' heaps; Open.
+
+#ifndef JAXFABRIC_CUDA_GROUP_H_
+#define JAXFABRIC_CUDA_GROUP_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "group_state.h"
+#include "shared_allocation.h"
+
+namespace jaxfabric::cuda {
+
+class Group {
+ public:
+  // Equal on all ranks. `mailbox_bytes` bounds what one rank sends another in
+  // one call.
+  static StatusOr<std::unique_ptr<Group>> Create(int ranks,
+                                                 uint64_t window_bytes,
+                                                 uint64_t mailbox_bytes);
+  ~Group();
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  Status AddLocal(int rank, int device);
+  // The heap of a local rank, for Import in another process.
+  StatusOr<int> Export(int rank) const;
+  Status Import(int rank, int fd);
+  // Maps all heaps and loads the kernels.
+  Status Open();
+
+  int ranks() const { return ranks_; }
+  uint64_t window_bytes() const { return window_bytes_; }
+  // The rank on `device`, or -1.
+  int RankOn(int device) const;
+  // What a kernel of a local rank is told.
+  Peers PeersOf(int rank, double timeout_s) const;
+  char* Workspace(int rank) const;
+  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  // Most blocks that a kernel takes; leaves SMs for the model.
+  int BlocksMax(int rank) const;
+
+  // The first failure of a local rank's kernels, or OK. Never blocks.
+  Status Failure() const;
+
+ private:
+  struct Local {
+    int device = -1;
+    int blocks_max = 0;
+    RankState* state = nullptr;
+    char* workspace = nullptr;
+    ErrorWord* error = nullptr;  // pinned, mapped
+  };
+
+  Group(int ranks, uint64_t window_bytes, uint64_t mailbox_bytes);
+  size_t HeapBytes() const;
+
+  const int ranks_;
+  const uint64_t window_bytes_;
+  const uint64_t mailbox_bytes_;
+  uint64_t message_begin_ = 0;
+  std::vector<std::unique_ptr<SharedAllocation>> heaps_;
+  std::map<int, Local> local_;
+};
+
+}  // namespace jaxfabric::cuda
+
+#endif  // JAXFABRIC_CUDA_GROUP_H_

@@ -1,0 +1,119 @@
+// From XLA's frame of a call to what a kernel is told.
+
+#ifndef JAXFABRIC_CUDA_PROGRAM_CALL_H_
+#define JAXFABRIC_CUDA_PROGRAM_CALL_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "base/status.h"
+#include "driver_api.h"
+#include "group.h"
+#include "group_registry.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxfabric::cuda {
+
+namespace ffi = xla::ffi;
+
+// The attributes that each call carries; as on the host (handlers/call.h).
+struct CallAttributes {
+  int64_t fabric;
+  int64_t channel;  // not needed: a stream's order is the program's order
+  std::string_view label;
+  double timeout_s;  // <= 0: the Fabric's
+  ffi::Span<const int64_t> axes;
+};
+
+#define JF_CUDA_CALL_ATTRIBUTES                            \
+  ::xla::ffi::StructMember<int64_t>("fabric"),             \
+      ::xla::ffi::StructMember<int64_t>("channel"),        \
+      ::xla::ffi::StructMember<std::string_view>("label"), \
+      ::xla::ffi::StructMember<double>("timeout_s"),       \
+      ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("axes")
+
+using Buffer = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+using Position = ffi::Buffer<ffi::S32>;
+
+template <typename T>
+T* DataOf(const Buffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+template <typename T>
+T* DataOf(Result& result) {
+  return static_cast<T*>(result->untyped_data());
+}
+
+// Null for the empty arrays that stand for absent operands.
+template <typename T>
+T* DataOrNull(const Buffer& buffer) {
+  return buffer.element_count() == 0 ? nullptr : DataOf<T>(buffer);
+}
+
+inline ffi::Error ToError(const Status& status, std::string_view label) {
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(
+      static_cast<ffi::ErrorCode>(status.code()),
+      "jaxfabric: " + std::string(label) + ": " + status.message());
+}
+
+// What the launch of a kernel needs; the group is kept by the registry, and
+// closing it waits for the device.
+struct Target {
+  std::shared_ptr<Group> group;
+  Peers peers;
+};
+
+inline StatusOr<Target> FindTarget(int32_t device,
+                                   const CallAttributes& attributes,
+                                   const Position& position,
+                                   const Buffer& token, Result& token_out) {
+  JF_ASSIGN_OR_RETURN(const Published published,
+                      GroupRegistry::Get().Find(attributes.fabric));
+  JF_RETURN_IF_ERROR(published.group->Failure());
+  const int rank = published.group->RankOn(device);
+  if (rank < 0) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "device " + std::to_string(device) +
+                      " is not in the mesh of the Fabric");
+  }
+  const size_t axes = attributes.axes.size();
+  bool whole = axes == static_cast<size_t>(published.mesh_axes);
+  for (size_t i = 0; i < axes; ++i) {
+    whole &= attributes.axes[i] == static_cast<int64_t>(i);
+  }
+  if (!whole) {
+    return Status(StatusCode::kUnimplemented,
+                  "on GPUs a call spans all axes of the Fabric's mesh, in "
+                  "their order; open the Fabric over a mesh of these axes");
+  }
+  const double timeout_s =
+      attributes.timeout_s > 0 ? attributes.timeout_s : published.timeout_s;
+  Target target = {published.group, published.group->PeersOf(rank, timeout_s)};
+  target.peers.call = {position.typed_data(), DataOf<float>(token),
+                       DataOf<float>(token_out)};
+  return target;
+}
+
+// Binds (stream, device, attributes, position, ...).
+template <typename Attributes>
+auto BindCall() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Ctx<ffi::DeviceOrdinal>()
+      .Attrs<Attributes>()
+      .template Arg<Position>();
+}
+
+}  // namespace jaxfabric::cuda
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jaxfabric::cuda::CallAttributes,
+                                      JF_CUDA_CALL_ATTRIBUTES);
+
+#endif  // JAXFABRIC_CUDA_PROGRAM_CALL_H_

@@ -1,0 +1,106 @@
+// Segments: the unit of work of a warp, a few packets of one row, so that few
+// rows keep many warps busy and each has several loads in flight.
+
+#ifndef JAXFABRIC_CUDA_ROW_SEGMENTS_CUH_
+#define JAXFABRIC_CUDA_ROW_SEGMENTS_CUH_
+
+#include <cstdint>
+
+#include "ll128.cuh"
+#include "moe_shape.h"
+
+namespace jaxfabric::cuda {
+
+// Packets of a row that one warp has in its registers.
+template <int kPackets>
+struct Segment {
+  LaneWords words[kPackets];
+};
+
+template <int kPackets>
+__host__ __device__ int SegmentsOf(const MoeShape& shape) {
+  return (shape.row_packets + kPackets - 1) / kPackets;
+}
+
+// kVector: whether the rows are IsVector. Known when compiled, so that nothing
+// stands between the loads of one segment and those of the next.
+template <bool kVector, int kPackets>
+__device__ void LoadSegment(const MoeShape& shape, const char* row, int segment,
+                            LanePart part, Segment<kPackets>& out) {
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    const int64_t at = (int64_t{segment} * kPackets + i) * kPacketData;
+    if constexpr (kVector) {
+      out.words[i] = LoadVectorPart(row, shape.row_bytes, at, part);
+    } else {
+      out.words[i] = LoadPart(row + at, shape.row_bytes - at, part);
+    }
+  }
+}
+
+template <bool kVector, int kPackets>
+__device__ void StoreSegment(const MoeShape& shape, char* row, int segment,
+                             LanePart part, const Segment<kPackets>& in) {
+  const int64_t at = int64_t{segment} * kPackets * kPacketData;
+  const int64_t left = shape.row_bytes - at;
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    const int skipped = i * kPacketData;
+    char* const data = row + at + skipped;
+    if constexpr (kVector) {
+      StoreVectorPart(data, left - skipped, part, in.words[i]);
+    } else {
+      StorePart(data, left - skipped, part, in.words[i]);
+    }
+  }
+}
+
+// `wire` is where the row's packets begin in a peer's heap.
+template <int kPackets>
+__device__ void SendSegment(const MoeShape& shape, char* wire, int segment,
+                            int lane, LanePart part,
+                            const Segment<kPackets>& in, uint64_t epoch) {
+  const int packets = min(kPackets, shape.row_packets - segment * kPackets);
+  char* const at = wire + segment * kPackets * kPacketWire;
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    if (i < packets) {
+      SendPart(at + i * kPacketWire, lane, part, in.words[i], epoch);
+    }
+  }
+}
+
+template <int kPackets>
+__device__ bool ReceiveSegment(const MoeShape& shape, const char* wire,
+                               int segment, int lane, LanePart part,
+                               uint64_t epoch, BoundedWait& wait,
+                               Segment<kPackets>& out) {
+  const int packets = min(kPackets, shape.row_packets - segment * kPackets);
+  return ReceiveParts(wire + segment * kPackets * kPacketWire, packets, lane,
+                      part, epoch, wait, out.words);
+}
+
+// The work on rows, in items of one or more segments of a row.
+struct RowItems {
+  int segments;  // of a row
+  int per_item;
+  int items;  // of a row
+
+  __device__ RowItems(int segments_of_row, int segments_per_item)
+      : segments(segments_of_row),
+        per_item(segments_per_item),
+        items((segments_of_row + segments_per_item - 1) / segments_per_item) {}
+};
+
+// Ranks that own an expert of the token with these ids, as bits.
+__device__ inline uint32_t Destinations(const MoeShape& shape,
+                                        const int32_t* ids) {
+  const int lane = threadIdx.x % kLanes;
+  const int id = lane < shape.k ? ids[lane] : -1;
+  const bool valid = id >= 0 && id < shape.experts * shape.ranks;
+  return __reduce_or_sync(kAllLanes, valid ? 1u << (id / shape.experts) : 0u);
+}
+
+}  // namespace jaxfabric::cuda
+
+#endif  // JAXFABRIC_CUDA_ROW_SEGMENTS_CUH_

@@ -1,0 +1,371 @@
+// Dispatch and combine against the oracle of the host's tests, on worlds of 2
+// to 4 ranks, in both forms (every block does everything; blocks with roles).
+
+#include <gmock/gmock.h>
+
+#include <cstring>
+
+#include "moe/layout.h"
+#include "moe_kernels.h"
+#include "tests/cluster.h"
+#include "tests/cpp/moe_oracle.h"
+#include "tests/cpp/moe_row_values.h"
+
+namespace jaxfabric::cuda {
+namespace {
+
+using moe::Bytes;
+using moe::Choose;
+using moe::Expected;
+using moe::Layout;
+using moe::Random;
+using moe::Uniform;
+using moe::World;
+using ::testing::HasSubstr;
+
+constexpr uint64_t kMailboxBytes = 8 << 20;
+
+struct Case {
+  World world;
+  RowType type;
+  bool roles;
+  bool weighted, with_scalars;
+};
+
+moe::RowType HostType(RowType type) {
+  switch (type) {
+    case RowType::kF32:
+      return moe::RowType::kF32;
+    case RowType::kBf16:
+      return moe::RowType::kBf16;
+    default:
+      return moe::RowType::kF16;
+  }
+}
+
+Layout RandomLayout(Random& random, int ranks, RowType type, bool large) {
+  Layout layout;
+  layout.num_ranks = ranks;
+  layout.num_experts = ranks * Choose<int32_t>(random, {1, 2, 5, 32, 64});
+  layout.tokens = large ? Uniform(random, 200, 1400) : Uniform(random, 1, 70);
+  layout.k = std::min<int32_t>(Uniform(random, 1, 8), layout.num_experts);
+  layout.row_bytes = moe::ElementBytes(HostType(type)) *
+                     Choose<int64_t>(random, {1, 3, 8, 240, 256, 1024, 1800});
+  layout.expert_alignment = Choose<int32_t>(random, {1, 1, 3, 8});
+  layout.expand = Uniform(random, 0, 2) != 0;
+  layout.zero_tail = Uniform(random, 0, 1) == 0;
+  const int64_t all = layout.unique_rows_max() * layout.slots();
+  layout.capacity =
+      Choose<int64_t>(random, {-1, -1, 1, all, Uniform(random, 1, all)});
+  return layout;
+}
+
+MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars) {
+  MoeShape shape = {};
+  shape.ranks = layout.num_ranks;
+  shape.tokens = layout.tokens;
+  shape.k = layout.k;
+  shape.experts = layout.experts_local();
+  shape.slots = layout.slots();
+  shape.alignment = layout.expert_alignment;
+  shape.row_bytes = layout.row_bytes;
+  shape.rows = layout.rows();
+  shape.kept_max = layout.kept_max() < layout.unique_rows_max() * layout.slots()
+                       ? layout.kept_max()
+                       : INT32_MAX;
+  shape.expand = layout.expand;
+  shape.zero_tail = layout.zero_tail;
+  shape.type = type;
+  Complete(shape, with_scalars);
+  return shape;
+}
+
+// All buffers of one rank.
+struct RankBuffers {
+  DeviceBuffer x, ids, weights;
+  DeviceBuffer tokens, group_sizes, row_weights, row_index, recv_count,
+      slot_row, sent, dropped;
+
+  RankBuffers(int device, const World& world, int rank)
+      : x(Upload(device, world.x[rank])),
+        ids(Upload(device, world.ids[rank])),
+        weights(Upload(device, world.weights[rank])),
+        tokens(device, world.layout.output_rows() * world.layout.row_bytes),
+        group_sizes(device, world.layout.experts_local() * 4),
+        row_weights(device, world.layout.rows() * 4),
+        row_index(device, world.layout.rows() * 4),
+        recv_count(device, world.layout.num_ranks * 4),
+        slot_row(device,
+                 world.layout.unique_rows_max() * world.layout.slots() * 4),
+        sent(device, world.layout.num_ranks * 4),
+        dropped(device, 4) {}
+
+  DispatchBuffers Dispatch(const Layout& layout) const {
+    return {x.as<char>(),
+            ids.as<int32_t>(),
+            weights.as<float>(),
+            tokens.as<char>(),
+            group_sizes.as<int32_t>(),
+            row_weights.as<float>(),
+            layout.expand ? nullptr : row_index.as<int32_t>(),
+            recv_count.as<int32_t>(),
+            slot_row.as<int32_t>(),
+            sent.as<int32_t>(),
+            dropped.as<int32_t>()};
+  }
+};
+
+Grid GridFor(Cluster& cluster, int rank, bool roles) {
+  const int blocks = cluster.blocks_max(rank);
+  return {blocks, roles ? std::max(1, blocks / 4) : 0, 1 + rank};
+}
+
+void CheckDispatch(const World& world, int rank, const RankBuffers& got) {
+  const Expected want = moe::Dispatch(world, rank);
+  const Layout& layout = world.layout;
+  EXPECT_EQ(got.group_sizes.Read<int32_t>(), want.group_sizes);
+  EXPECT_EQ(got.recv_count.Read<int32_t>(), want.recv_count);
+  EXPECT_EQ(got.slot_row.Read<int32_t>(), want.slot_row);
+  EXPECT_EQ(got.row_weights.Read<float>(), want.weights);
+  EXPECT_EQ(got.dropped.Read<int32_t>()[0], want.dropped);
+  if (!layout.expand) {
+    EXPECT_EQ(got.row_index.Read<int32_t>(), want.row_index);
+  }
+  Bytes tokens = got.tokens.Read<std::byte>();
+  tokens.resize(want.tokens.size());
+  ASSERT_EQ(tokens.size(), want.tokens.size());
+  // Where nothing is promised the oracle has the byte of poisoned memory.
+  for (int64_t row = 0; row < layout.output_rows(); ++row) {
+    ASSERT_EQ(std::memcmp(tokens.data() + row * layout.row_bytes,
+                          want.tokens.data() + row * layout.row_bytes,
+                          layout.row_bytes),
+              0)
+        << "row " << row;
+  }
+}
+
+// Rows for combine: one per expert row.
+struct Operands {
+  Bytes rows;
+  std::vector<float> weights, scalars;
+};
+
+Operands RandomOperands(Random& random, const Layout& layout, RowType type) {
+  Operands operands;
+  const int64_t rows = layout.expand ? layout.rows() : layout.unique_rows_max();
+  operands.rows.resize(rows * layout.row_bytes);
+  const int64_t size = moe::ElementBytes(HostType(type));
+  for (size_t at = 0; at < operands.rows.size(); at += size) {
+    // Small enough for sums in f16, because infinities can make a NaN.
+    const double value = moe::RandomValue(random) / 64;
+    moe::StoreValue(HostType(type), value, operands.rows.data() + at);
+  }
+  for (int64_t row = 0; row < layout.rows(); ++row) {
+    operands.weights.push_back(Uniform(random, -1000, 1000) / 1024.0f);
+    operands.scalars.push_back(static_cast<float>(moe::RandomValue(random)));
+  }
+  return operands;
+}
+
+// One token's y and slot scalars, by the contract's text.
+struct Combined {
+  Bytes y;
+  std::vector<float> scalars;
+};
+
+Combined PlainCombine(const Case& c, const std::vector<Expected>& dispatched,
+                      const std::vector<Operands>& operands, int source,
+                      int token) {
+  const Layout& layout = c.world.layout;
+  const auto type = HostType(c.type);
+  Combined want;
+  want.scalars.assign(layout.k, 0.0f);
+  std::vector<Bytes> partials;
+  for (int rank = 0; rank < layout.num_ranks; ++rank) {
+    std::vector<const std::byte*> rows;
+    std::vector<float> weights;
+    bool sent = false;
+    for (int k = 0; k < layout.k; ++k) {
+      const int id = c.world.ids[source][token * layout.k + k];
+      if (id < 0 || id / layout.experts_local() != rank) continue;
+      sent = true;
+      const auto row = dispatched[rank].row_of.find({source, token, k});
+      if (row == dispatched[rank].row_of.end()) continue;
+      rows.push_back(operands[rank].rows.data() +
+                     row->second * layout.row_bytes);
+      weights.push_back(operands[rank].weights[row->second]);
+      want.scalars[k] = operands[rank].scalars[row->second];
+    }
+    if (!sent) continue;
+    partials.push_back(moe::PlainSum(
+        type, rows, c.weighted ? weights.data() : nullptr, layout.row_bytes));
+  }
+  std::vector<const std::byte*> rows;
+  for (const Bytes& partial : partials) rows.push_back(partial.data());
+  want.y = moe::PlainSum(type, rows, nullptr, layout.row_bytes);
+  return want;
+}
+
+void CheckCombine(const Case& c, const std::vector<Operands>& operands,
+                  int rank, const DeviceBuffer& y,
+                  const DeviceBuffer& slot_scalars) {
+  const Layout& layout = c.world.layout;
+  std::vector<Expected> dispatched;
+  for (int r = 0; r < layout.num_ranks; ++r) {
+    dispatched.push_back(moe::Dispatch(c.world, r));
+  }
+  const Bytes got = y.Read<std::byte>();
+  const std::vector<float> scalars = slot_scalars.Read<float>();
+  for (int token = 0; token < layout.tokens; ++token) {
+    const Combined want = PlainCombine(c, dispatched, operands, rank, token);
+    ASSERT_EQ(std::memcmp(got.data() + token * layout.row_bytes, want.y.data(),
+                          layout.row_bytes),
+              0)
+        << "token " << token;
+    for (int k = 0; c.with_scalars && k < layout.k; ++k) {
+      ASSERT_EQ(scalars[token * layout.k + k], want.scalars[k])
+          << "token " << token << " k " << k;
+    }
+  }
+}
+
+class MoeTest : public ::testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    const std::string missing = Missing(2);
+    if (!missing.empty()) GTEST_SKIP() << missing;
+    cluster_ = std::make_unique<Cluster>(GetParam(), 2, 1 << 16, kMailboxBytes);
+  }
+
+  Case RandomCase(Random& random, bool large) {
+    Case c;
+    c.type =
+        Choose<RowType>(random, {RowType::kF32, RowType::kBf16, RowType::kF16});
+    const Layout layout = RandomLayout(random, GetParam(), c.type, large);
+    c.world = moe::RandomWorld(random, layout);
+    c.roles = large || Uniform(random, 0, 1) == 0;
+    c.weighted = Uniform(random, 0, 1) == 0;
+    c.with_scalars = Uniform(random, 0, 1) == 0;
+    return c;
+  }
+
+  void Run(const Case& c, Random& random) {
+    const Layout& layout = c.world.layout;
+    std::vector<RankBuffers> buffers;
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      buffers.emplace_back(cluster_->device(rank), c.world, rank);
+    }
+    const MoeShape shape = ShapeOf(layout, c.type, false);
+    cluster_->ForEach([&](int rank) {
+      return LaunchDispatch(
+          cluster_->peers(rank), shape, GridFor(*cluster_, rank, c.roles),
+          buffers[rank].Dispatch(layout), cluster_->group().Workspace(rank),
+          cluster_->stream(rank));
+    });
+    cluster_->Synchronize();
+    ASSERT_TRUE(cluster_->group().Failure().ok())
+        << cluster_->group().Failure().message();
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      CheckDispatch(c.world, rank, buffers[rank]);
+    }
+    Layout expanded = layout;
+    expanded.expand = true;  // combine sees expert rows
+    std::vector<Operands> operands;
+    std::vector<DeviceBuffer> rows, weights, scalars, y, slot_scalars;
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      const int device = cluster_->device(rank);
+      operands.push_back(RandomOperands(random, expanded, c.type));
+      rows.push_back(Upload(device, operands.back().rows));
+      weights.push_back(Upload(device, operands.back().weights));
+      scalars.push_back(Upload(device, operands.back().scalars));
+      y.emplace_back(device, layout.tokens * layout.row_bytes);
+      slot_scalars.emplace_back(device, layout.tokens * layout.k * 4);
+    }
+    const MoeShape reduce = ShapeOf(expanded, c.type, c.with_scalars);
+    cluster_->ForEach([&](int rank) {
+      const RankBuffers& b = buffers[rank];
+      return LaunchCombine(
+          cluster_->peers(rank), reduce, GridFor(*cluster_, rank, c.roles),
+          {rows[rank].as<char>(),
+           c.weighted ? weights[rank].as<float>() : nullptr,
+           c.with_scalars ? scalars[rank].as<float>() : nullptr,
+           b.ids.as<int32_t>(), b.recv_count.as<int32_t>(),
+           b.slot_row.as<int32_t>(), y[rank].as<char>(),
+           c.with_scalars ? slot_scalars[rank].as<float>() : nullptr},
+          cluster_->stream(rank));
+    });
+    cluster_->Synchronize();
+    ASSERT_TRUE(cluster_->group().Failure().ok())
+        << cluster_->group().Failure().message();
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      CheckCombine(c, operands, rank, y[rank], slot_scalars[rank]);
+    }
+  }
+
+  std::unique_ptr<Cluster> cluster_;
+};
+
+TEST_P(MoeTest, EqualsTheOracle) {
+  for (uint64_t seed = 1; seed <= 60 && !HasFailure(); ++seed) {
+    Random random = moe::Seeded(seed);
+    const Case c = RandomCase(random, /*large=*/seed % 10 == 0);
+    SCOPED_TRACE(::testing::Message()
+                 << "seed " << seed << " type " << static_cast<int>(c.type)
+                 << " roles " << c.roles << " weighted " << c.weighted
+                 << " scalars " << c.with_scalars << " "
+                 << ::testing::PrintToString(c.world.layout));
+    Run(c, random);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, MoeTest, ::testing::Values(2, 3, 4));
+
+class MoeErrorTest : public MoeTest {};
+
+TEST_P(MoeErrorTest, AnExpertThatIsNotThereIsAnError) {
+  Random random = moe::Seeded(1);
+  Layout layout = RandomLayout(random, 2, RowType::kF32, false);
+  layout.tokens = 40;
+  World world = moe::RandomWorld(random, layout);
+  world.ids[1][3] = layout.num_experts;
+  std::vector<RankBuffers> buffers;
+  for (int rank = 0; rank < 2; ++rank) {
+    buffers.emplace_back(cluster_->device(rank), world, rank);
+  }
+  const MoeShape shape = ShapeOf(layout, RowType::kF32, false);
+  cluster_->ForEach([&](int rank) {
+    return LaunchDispatch(
+        cluster_->peers(rank), shape, GridFor(*cluster_, rank, false),
+        buffers[rank].Dispatch(layout), cluster_->group().Workspace(rank),
+        cluster_->stream(rank));
+  });
+  cluster_->Synchronize();
+  const Status failure = cluster_->group().Failure();
+  EXPECT_EQ(failure.code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(failure.message(), HasSubstr("entry 3 of rank 1's ids"));
+}
+
+TEST_P(MoeErrorTest, ARankThatDoesNotComeIsNamed) {
+  for (const bool roles : {false, true}) {
+    cluster_ = std::make_unique<Cluster>(2, 2, 1 << 16, kMailboxBytes);
+    Random random = moe::Seeded(2);
+    const Layout layout = RandomLayout(random, 2, RowType::kF32, false);
+    const World world = moe::RandomWorld(random, layout);
+    const RankBuffers buffers(0, world, 0);
+    const ScopedDevice current(0);
+    JF_CUDA_OK(LaunchDispatch(
+        cluster_->peers(0, 0.2), ShapeOf(layout, RowType::kF32, false),
+        GridFor(*cluster_, 0, roles), buffers.Dispatch(layout),
+        cluster_->group().Workspace(0), cluster_->stream(0)));
+    JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
+    const Status failure = cluster_->group().Failure();
+    EXPECT_EQ(failure.code(), StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(failure.message(), HasSubstr("dispatch on rank 0"));
+    EXPECT_THAT(failure.message(), HasSubstr("rank 1"));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, MoeErrorTest, ::testing::Values(2));
+
+}  // namespace
+}  // namespace jaxfabric::cuda

@@ -1,0 +1,242 @@
+"""libjaxfabric_cuda, by way of ctypes: a Fabric's GPUs, and the CUDA targets.
+
+The library is built where there is a CUDA compiler (see cuda/). Without it, and for
+meshes of CPUs, nothing here is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import pathlib
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from jaxfabric._errors import FabricError, TransportUnavailableError, from_status
+from jaxfabric._rendezvous import Rendezvous
+
+TRANSPORT = "nvlink"
+
+# FFI targets that exist on GPUs, by the name that programs use on every platform.
+TARGETS = {
+    "jaxfabric_barrier": "JaxfabricCudaBarrier",
+    "jaxfabric_route": "JaxfabricCudaRoute",
+    "jaxfabric_reduce": "JaxfabricCudaReduce",
+}
+_LIBRARY = "libjaxfabric_cuda.so"
+
+
+def library_path() -> pathlib.Path | None:
+    """Where the library is, or ``None`` if this package was built without it."""
+    path = pathlib.Path(__file__).parent / _LIBRARY
+    return path if path.is_file() else None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library; raises TransportUnavailableError with the way out."""
+    path = library_path()
+    if path is None:
+        raise TransportUnavailableError(
+            f"jf.Fabric: a mesh of GPUs needs {_LIBRARY}, which this package was built "
+            "without; where nvcc is, `pip install . "
+            "-C cmake.define.JAXFABRIC_BUILD_CUDA=ON` builds it; or use "
+            "implementation='reference', which needs no Fabric"
+        )
+    loaded = ctypes.CDLL(str(path))
+    loaded.jaxfabric_cuda_error.restype = ctypes.c_char_p
+    return loaded
+
+
+@functools.cache
+def register_targets() -> None:
+    """Registers the handlers, once; to be called when something is lowered."""
+    loaded = library()
+    before = jax.ffi.pycapsule(loaded.JaxfabricCudaBeforeCall)
+    for name, symbol in TARGETS.items():
+        handler = {
+            "initialize": before,
+            "execute": jax.ffi.pycapsule(getattr(loaded, symbol)),
+        }
+        jax.ffi.register_ffi_target(name, handler, platform="CUDA")
+
+
+def _check(code: int) -> None:
+    if code != 0:
+        raise from_status(code, library().jaxfabric_cuda_error().decode())
+
+
+class CudaGroup:
+    """The GPUs of a Fabric, in the place of its native side.
+
+    Args:
+      ranks: of the whole mesh.
+      local: (CUDA ordinal, rank) of this process's devices.
+      sizes: ``mailbox_bytes`` and ``window_bytes``, for each rank.
+      rendezvous: of the mesh's processes.
+      owners: the process of each rank.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        local: Sequence[tuple[int, int]],
+        sizes: tuple[int, int],
+        rendezvous: Rendezvous,
+        owners: Sequence[int],
+    ) -> None:
+        self._library = library()
+        self._handle = ctypes.c_void_p()
+        mailbox_bytes, window_bytes = sizes
+        _check(
+            self._library.jaxfabric_cuda_create(
+                ranks,
+                ctypes.c_uint64(window_bytes),
+                ctypes.c_uint64(mailbox_bytes),
+                ctypes.byref(self._handle),
+            )
+        )
+        for device, rank in local:
+            _check(self._library.jaxfabric_cuda_add_local(self._handle, rank, device))
+        self._exchange_heaps([rank for _, rank in local], rendezvous, owners)
+        _check(self._library.jaxfabric_cuda_open(self._handle))
+        rendezvous.all_gather(b"mapped")  # nobody writes to a heap before
+
+    def publish(self, key: int, timeout_s: float, mesh_axes: int) -> None:
+        """Lets programs find the group."""
+        _check(
+            self._library.jaxfabric_cuda_publish(
+                self._handle, ctypes.c_int64(key), ctypes.c_double(timeout_s), mesh_axes
+            )
+        )
+
+    def failure(self) -> tuple[int, str, list[int]] | None:
+        """The first failure of a kernel: code, text and lost peers."""
+        code = self._library.jaxfabric_cuda_failure(self._handle)
+        if code == 0:
+            return None
+        return code, self._library.jaxfabric_cuda_error().decode(), []
+
+    def operations_under_way(self) -> int:
+        """None that Python would have to wait for: closing waits for the device."""
+        return 0
+
+    def abort(self, reason: str) -> None:
+        """Peers that wait for this rank end with their time limit."""
+
+    def close(self) -> None:
+        """Waits for the kernels under way, and frees the heaps."""
+        if self._handle:
+            self._library.jaxfabric_cuda_close(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise FabricError(f"a Fabric over GPUs has no {name.replace('_', ' ')} yet")
+
+    def _exchange_heaps(
+        self, ranks: Sequence[int], rendezvous: Rendezvous, owners: Sequence[int]
+    ) -> None:
+        """Hands this process's heaps to the others as file descriptors."""
+        me = owners[ranks[0]]
+        others = sorted(set(owners) - {me})
+        with contextlib.ExitStack() as stack:
+            fds = list(stack.enter_context(self._exported(ranks)))
+            server = stack.enter_context(socket.socket(socket.AF_UNIX))
+            name = f"jaxfabric-{secrets.token_hex(16)}"
+            server.bind(b"\0" + name.encode())
+            server.listen(max(1, len(others)))
+            server.settimeout(rendezvous.timeout_s)
+            payload = json.dumps([me, name]).encode()
+            names = dict(json.loads(p) for p in rendezvous.all_gather(payload))
+            links = []
+            for process in others:
+                link = stack.enter_context(socket.socket(socket.AF_UNIX))
+                link.settimeout(rendezvous.timeout_s)
+                link.connect(b"\0" + names[process].encode())
+                links.append((process, link))
+            for _ in others:
+                connection = stack.enter_context(server.accept()[0])
+                _refuse_strangers(connection)
+                socket.send_fds(connection, [b"heaps"], fds)
+            for process, link in links:
+                _refuse_strangers(link)
+                theirs = [r for r, owner in enumerate(owners) if owner == process]
+                self._import(theirs, link)
+
+    @contextlib.contextmanager
+    def _exported(self, ranks: Sequence[int]) -> Iterator[list[int]]:
+        fds: list[int] = []
+        try:
+            for rank in ranks:
+                fd = ctypes.c_int()
+                _check(
+                    self._library.jaxfabric_cuda_export(
+                        self._handle, rank, ctypes.byref(fd)
+                    )
+                )
+                fds.append(fd.value)
+            yield fds
+        finally:
+            for number in fds:
+                os.close(number)
+
+    def _import(self, ranks: Sequence[int], link: socket.socket) -> None:
+        _, fds, _, _ = socket.recv_fds(link, 16, len(ranks))
+        try:
+            if len(fds) != len(ranks):
+                raise FabricError(
+                    f"the process of ranks {list(ranks)} sent {len(fds)} heaps instead "
+                    f"of {len(ranks)}; run the same jaxfabric in all processes"
+                )
+            for rank, fd in zip(ranks, fds, strict=True):
+                _check(self._library.jaxfabric_cuda_import(self._handle, rank, fd))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _refuse_strangers(link: socket.socket) -> None:
+    """Device memory is handed to processes of the same user only."""
+    size = 12  # struct ucred: pid, uid, gid
+    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    uid = int.from_bytes(credentials[4:8], "little")
+    if uid != os.geteuid():
+        raise FabricError(
+            f"a process of user {uid} asked for the heaps of this Fabric, which is "
+            f"user {os.geteuid()}'s; run all processes as one user"
+        )
+
+
+def open_group(
+    devices: Sequence[jax.Device],
+    sizes: tuple[int, int],
+    rendezvous: Rendezvous,
+    *,
+    key: int,
+    timeout_s: float,
+    mesh_axes: int,
+) -> Any:
+    """Opens and publishes the group of a mesh's devices, in the order of ranks."""
+    me = jax.process_index()
+    local = [
+        (device.local_hardware_id, rank)
+        for rank, device in enumerate(devices)
+        if device.process_index == me
+    ]
+    owners = [device.process_index for device in devices]
+    group = CudaGroup(len(devices), local, sizes, rendezvous, owners)
+    try:
+        group.publish(key, timeout_s, mesh_axes)
+    except BaseException:
+        group.close()
+        raise
+    return group
