@@ -6,6 +6,8 @@ if(JAXFABRIC_SANITIZE STREQUAL "")
   return()
 elseif(JAXFABRIC_SANITIZE STREQUAL "address")
   set(sanitizers address,undefined)
+  # A third of the compilation, for what AddressSanitizer finds as well.
+  set(left_out -fno-sanitize=null,object-size,vptr)
 elseif(JAXFABRIC_SANITIZE STREQUAL "thread")
   set(sanitizers thread)
 else()
@@ -20,6 +22,6 @@ endif()
 
 # -O1 and -UNDEBUG come after the build type's flags and override them, so that
 # debug checks run too.
-add_compile_options(-fsanitize=${sanitizers} -fno-sanitize-recover=all
+add_compile_options(-fsanitize=${sanitizers} ${left_out} -fno-sanitize-recover=all
                     -fno-omit-frame-pointer -g1 -O1 -UNDEBUG)
 add_link_options(-fsanitize=${sanitizers})
