@@ -375,6 +375,38 @@ TEST_F(DomainGroupFenceTest, WithoutAFenceTheOutcomeIsUnknownAndItsIdIsNot) {
   EXPECT_TRUE(submit(7).ok());
 }
 
+TEST_F(DomainGroupFenceTest, AStalledLinkKeepsNoMessages) {
+  Open(2, 2, Fencing(9));
+  for (size_t k = 0; k < 2; ++k) {
+    ASSERT_TRUE(StallFakeLink(a->network, a->group->addresses()[k],
+                              b->group->addresses()[k]));
+    for (int i = 0; i < 5; ++i) a->group->SubmitSend(1, std::to_string(i));
+    ASSERT_TRUE(clock.Run({a.get(), b.get()},
+                          [&] { return b->messages.size() == 5 * (k + 1); }))
+        << "link " << k;
+    HealFakeLink(a->network, a->group->addresses()[k],
+                 b->group->addresses()[k]);
+    clock.RunFor({a.get(), b.get()}, 10);
+  }
+  EXPECT_TRUE(a->lost.empty() && b->lost.empty());
+}
+
+TEST_F(DomainGroupFenceTest, WithoutAFenceALostMessageIsALostPeer) {
+  FakeOptions options = Fencing(8);
+  options.removal_fences = false;
+  Open(2, 2, options);
+  std::vector<Status> said;
+  for (int i = 0; i < 20; ++i) {
+    a->group->SubmitSend(1, std::to_string(i),
+                         [&](const Status& s) { said.push_back(s); });
+  }
+  Cut(0, {.report_lost = true});
+  ASSERT_TRUE(clock.Run({a.get(), b.get()}, [&] {
+    return said.size() == 20 && !a->lost.empty() && !b->lost.empty();
+  }));
+  EXPECT_LT(b->messages.size(), 20u);
+}
+
 TEST_F(DomainGroupFenceTest, APeerThatNeverSaysWhatItHolds) {
   Open(2, 2, Fencing(6));
   std::vector<Status> ended;

@@ -436,6 +436,50 @@ TEST_F(DomainGroupTest, WhereTheNicDoesNotNameSourcesTheIdMust) {
   EXPECT_EQ((to->units[{kUnknownPeer, 3}]), kTransferUnits);
 }
 
+TEST_F(DomainGroupTest, AFailedAddPeerLeavesNothingBehind) {
+  Open(2);
+  GroupNode third({.network = "calm group"}, 2, 64);
+  const auto addresses = third.group->addresses();
+  ASSERT_FALSE(from->group
+                   ->AddPeer(3, {addresses[0], {"no address"}},
+                             Deadline::AfterSeconds(1))
+                   .ok());
+  // Its Domain that was added would name it: then it is no stranger.
+  const auto named = [&] {
+    return third.group->AddPeer(7, from->group->addresses(), Deadline()).ok();
+  };
+  ASSERT_TRUE(named());
+  third.group->SubmitSend(7, "hello");
+  ASSERT_TRUE(PollUntil({&third, from.get()},
+                        [&] { return from->strangers.size() == 1; }));
+  from->Connect(3, third);
+  third.Connect(7, *from);
+  Status done(StatusCode::kInternal, "open");
+  from->group->SubmitSend(3, "now", [&](Status status) { done = status; });
+  ASSERT_TRUE(
+      PollUntil({&third, from.get()}, [&] { return !third.messages.empty(); }));
+  // One that was known under another name before stays.
+  ASSERT_FALSE(from->group
+                   ->AddPeer(4, {addresses[0], {"no address"}},
+                             Deadline::AfterSeconds(1))
+                   .ok());
+  from->group->SubmitSend(3, "again", [&](Status status) { done = status; });
+  ASSERT_TRUE(PollUntil({&third, from.get()},
+                        [&] { return third.messages.size() == 2; }));
+}
+
+TEST_F(DomainGroupTest, RemovingAnOldNameLeavesWhoCameBack) {
+  Open(1);
+  ASSERT_TRUE(from->group->AddPeer(9, to->group->addresses(), Deadline()).ok());
+  from->group->RemovePeer(1);
+  Status done(StatusCode::kInternal, "open");
+  from->group->SubmitSend(9, "still here",
+                          [&](Status status) { done = status; });
+  ASSERT_TRUE(
+      PollUntil({from.get(), to.get()}, [&] { return !to->messages.empty(); }));
+  EXPECT_TRUE(done.ok()) << done.message();
+}
+
 TEST_F(DomainGroupTest, WhatNoGroupSendsIsDropped) {
   Open(1);
   FakeOptions options = {.network = "calm group"};

@@ -43,7 +43,6 @@ TEST(OfiAddressTest, EachFaultIsRefused) {
       [](OfiAddress& a) { a.provider = OfiProvider::kEfa; },
       [](OfiAddress& a) { a.provider = OfiProvider{99}; },
       [](OfiAddress& a) { ++a.job; },
-      [](OfiAddress& a) { a.zero = 1; },
       [](OfiAddress& a) { a.endpoint_bytes = 0; },
       [](OfiAddress& a) { --a.endpoint_bytes; },
       [](OfiAddress& a) { a.endpoint_bytes = kOfiEndpointBytesMax + 1; },

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -63,8 +64,7 @@ std::vector<TransportFactory> Factories() {
            .open = Open,
            .kill = nullptr,
            .make_foreign = nullptr,
-           // Only TCP can be asked whether somebody listens.
-           .finds_stale_later = Provider() != "tcp"}};
+           .finds_stale_later = true}};
 }
 
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(TransportConformance);
@@ -141,6 +141,8 @@ TEST_F(OfiTest, WhoDoesNotKnowTheSecretIsNotAnswered) {
     return deadline.Expired();
   });
   EXPECT_TRUE(ranks_[1]->messages.empty() && ranks_[1]->immediates.empty());
+  EXPECT_GT(ranks_[1]->domain().refused_frames(), 0u);
+  EXPECT_EQ(ranks_[0]->domain().refused_frames(), 0u);
   ExpectWorking();
 }
 
@@ -211,6 +213,165 @@ TEST_F(OfiTest, AKilledProcessIsNoticedByThoseWhoOnlyWait) {
   ExpectWorking();
 }
 
+TEST_F(OfiTest, AFencedPeerIsKeptOutAndOthersGoOn) {
+  Domain& domain = ranks_[1]->domain();
+  if (!domain.caps().removal_fences) GTEST_SKIP() << "this one cannot fence";
+  ConformanceRank third(*transports_[0], 4096);
+  const PeerId back = ranks_[1]->Add(*ranks_[0]);
+  const PeerId third_to_1 = third.Add(*ranks_[1]);
+  const PeerId third_of_1 = ranks_[1]->Add(third);
+  uint64_t cookie = 100;
+  uint32_t number = 0;
+  size_t posted = 0;
+  // The third writes all the time, the one to be fenced until it is refused.
+  const auto traffic = [&] {
+    third.Poll();
+    const auto its = third.domain().PostWriteImm(
+        third_to_1, third.Source(0), ranks_[1]->Target(64), 8, number, number);
+    ASSERT_TRUE(its.ok()) << its.status().message();
+    if (*its == Posted::kPosted) ++number;
+    const auto other = ranks_[0]->domain().PostWriteImm(
+        peer_, ranks_[0]->Source(0), ranks_[1]->Target(0), 8, 7, ++cookie);
+    if (other.ok() && *other == Posted::kPosted) ++posted;
+  };
+  ASSERT_TRUE(PollUntil([&] {
+    traffic();
+    return number > 100 && posted > 100;
+  }));
+  domain.FencePeer(back);
+  ASSERT_TRUE(PollUntil([&] {
+    traffic();
+    return domain.IsFenced(back);
+  }));
+  const uint32_t before = number;
+  ASSERT_TRUE(PollUntil([&] {
+    traffic();
+    return number > before + 100;
+  }));
+  const auto of = [&](PeerId peer) {
+    return std::count_if(
+        ranks_[1]->immediates.begin(), ranks_[1]->immediates.end(),
+        [&](const Completion& arrival) { return arrival.peer == peer; });
+  };
+  // From here on nothing of it arrives, and it finds out.
+  ASSERT_TRUE(PollUntil([&] {
+    third.Poll();
+    return third.done.size() == number &&
+           ranks_[0]->done.size() + ranks_[0]->errors.size() >= posted &&
+           !ranks_[0]->losses.empty();
+  }));
+  EXPECT_EQ(ranks_[0]->errors.size() + ranks_[0]->done.size(), posted);
+  EXPECT_TRUE(PollUntil([&] {
+    third.Poll();
+    return of(third_of_1) == number;
+  })) << of(third_of_1)
+      << " of " << number;
+  EXPECT_TRUE(third.errors.empty() && third.losses.empty());
+  EXPECT_EQ(of(kUnknownPeer), 0);
+  // What it was told to be done has been polled, under its name.
+  EXPECT_GE(of(back), static_cast<int64_t>(ranks_[0]->done.size()));
+  // And back again, from both sides.
+  ranks_[0]->domain().FencePeer(peer_);
+  ASSERT_TRUE(PollUntil([&] {
+    third.Poll();
+    return ranks_[0]->domain().IsFenced(peer_);
+  }));
+  ranks_[0]->losses.clear();
+  ranks_[1]->losses.clear();
+  peer_ = ranks_[0]->Add(*ranks_[1]);
+  ranks_[1]->Add(*ranks_[0]);
+  ExpectWorking();
+}
+
+TEST_F(OfiTest, WritesToAFrozenProcessAreTakenBackOnceItIsRemoved) {
+  if (Provider() != "tcp") GTEST_SKIP() << "devices do not survive a fork";
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "ThreadSanitizer hangs in a child of a process with threads";
+#endif
+  if (!ranks_[0]->domain().caps().removal_fences) {
+    GTEST_SKIP() << "this libfabric crashes when it is cut";
+  }
+  constexpr uint64_t kBytes = uint64_t{64} << 20;
+  int ends[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+  const UniqueFd parent_end(ends[0]);
+  const UniqueFd child_end(ends[1]);
+  const NetAddr ours = ranks_[0]->domain().address();
+  struct Introduction {
+    OfiAddress address;
+    uint64_t key;
+  } introduction;
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    const std::unique_ptr<Transport> transport = Open(kSecret);
+    ConformanceRank rank(*transport, kBytes);
+    std::memcpy(&introduction.address, rank.domain().address().bytes.data(),
+                sizeof(OfiAddress));
+    introduction.key = rank.key();
+    JF_CHECK(send(child_end.get(), &introduction, sizeof(introduction), 0) > 0);
+    JF_CHECK(rank.domain().AddPeer(ours, Deadline::AfterSeconds(10)).ok());
+    for (;;) rank.Poll();
+  }
+  EXPECT_EQ(recv(parent_end.get(), &introduction, sizeof(introduction), 0),
+            static_cast<ssize_t>(sizeof(introduction)));
+  ConformanceRank writer(*transports_[0], kBytes);
+  const auto peer = writer.domain().AddPeer(ToNetAddr(introduction.address),
+                                            Deadline::AfterSeconds(10));
+  ASSERT_TRUE(peer.ok()) << peer.status().message();
+  const PeerId other = writer.Add(*ranks_[1]);
+  uint64_t cookies = 0;
+  const auto post = [&] {
+    const auto posted = writer.domain().PostWriteImm(
+        *peer, writer.Source(0), {introduction.key, 0, 0}, kBytes, 1, cookies);
+    if (posted.ok() && *posted == Posted::kPosted) ++cookies;
+  };
+  EXPECT_TRUE(PollUntil([&] {
+    writer.Poll();
+    if (cookies == 0) post();
+    return !writer.done.empty();
+  }));
+  EXPECT_TRUE(PollUntil([&] {
+    writer.Poll();
+    post();
+    return cookies == 4;
+  }));
+  kill(child, SIGSTOP);
+  uint32_t number = 0;
+  // Another peer is written to all the time.
+  const auto go_on = [&] {
+    writer.Poll();
+    const auto posted = writer.domain().PostWriteImm(
+        other, writer.Source(0), ranks_[1]->Target(0), 8, number, 1000);
+    EXPECT_TRUE(posted.ok()) << posted.status().message();
+    if (posted.ok() && *posted == Posted::kPosted) ++number;
+  };
+  const int64_t removed_ns = MonotonicNanoseconds();
+  writer.domain().RemovePeer(*peer);
+  EXPECT_TRUE(PollUntil([&] {
+    go_on();
+    return std::count_if(writer.done.begin(), writer.done.end(),
+                         [](uint64_t cookie) { return cookie < 1000; }) +
+               writer.errors.size() ==
+           cookies;
+  }));
+  EXPECT_LT(MonotonicNanoseconds() - removed_ns, 2'000'000'000);
+  for (const Completion& error : writer.errors) EXPECT_LT(error.cookie, 1000u);
+  const uint32_t before = number;
+  EXPECT_TRUE(PollUntil([&] {
+    go_on();
+    return number > before + 100;
+  }));
+  EXPECT_TRUE(PollUntil([&] {
+    writer.Poll();
+    return ranks_[1]->immediates.size() == number;
+  }));
+  // No NIC reads it any more.
+  EXPECT_TRUE(writer.domain().UnregisterMemory(writer.key()).ok());
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+}
+
 TEST(OfiStateTest, EachStateHasItsReasonAndFix) {
   const TransportState missing = OfiState("tcp", "/nowhere/libfabric.so.1");
   if (missing.availability != Availability::kNotBuilt) {
@@ -235,6 +396,16 @@ TEST_F(OfiTest, UnknownInterfacesAreRefusedWithThoseThereAre) {
   ASSERT_FALSE(refused.ok());
   EXPECT_EQ(refused.status().code(), StatusCode::kInvalidArgument);
   EXPECT_NE(refused.status().message().find("'nosuch0'"), std::string::npos);
+}
+
+TEST_F(OfiTest, MoreInterfacesThanARankUsesAreRefused) {
+  const auto refused = OpenOfiTransport({.provider = Provider(),
+                                         .library = Library(),
+                                         .nics = std::vector<std::string>(9),
+                                         .job_secret = kSecret});
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.status().code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(refused.status().message().find("at most 8"), std::string::npos);
 }
 
 }  // namespace

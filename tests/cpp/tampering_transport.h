@@ -16,12 +16,17 @@ namespace jaxfabric {
 
 // False loses the message; its sender believes that it was sent.
 using Tamper = std::function<bool(std::string& message)>;
+// What AddPeer says instead of trying, where it is an error.
+using RefuseAdd = std::function<Status()>;
 
 class TamperingDomain final : public Domain {
  public:
   TamperingDomain(std::unique_ptr<Domain> real, const Tamper* tamper,
-                  Doorbell* doorbell)
-      : real_(std::move(real)), tamper_(tamper), doorbell_(doorbell) {}
+                  const RefuseAdd* refuse_add, Doorbell* doorbell)
+      : real_(std::move(real)),
+        tamper_(tamper),
+        refuse_add_(refuse_add),
+        doorbell_(doorbell) {}
 
   const DomainCaps& caps() const override { return real_->caps(); }
   const NetAddr& address() const override { return real_->address(); }
@@ -32,6 +37,7 @@ class TamperingDomain final : public Domain {
     return real_->UnregisterMemory(key);
   }
   StatusOr<PeerId> AddPeer(const NetAddr& address, Deadline deadline) override {
+    if (*refuse_add_) JF_RETURN_IF_ERROR((*refuse_add_)());
     return real_->AddPeer(address, deadline);
   }
   void RemovePeer(PeerId peer) override { real_->RemovePeer(peer); }
@@ -67,25 +73,30 @@ class TamperingDomain final : public Domain {
  private:
   const std::unique_ptr<Domain> real_;
   const Tamper* const tamper_;
+  const RefuseAdd* const refuse_add_;
   Doorbell* const doorbell_;
   std::deque<uint64_t> lost_;
 };
 
 class TamperingTransport final : public Transport {
  public:
-  TamperingTransport(std::unique_ptr<Transport> real, Tamper tamper)
-      : real_(std::move(real)), tamper_(std::move(tamper)) {}
+  TamperingTransport(std::unique_ptr<Transport> real, Tamper tamper,
+                     RefuseAdd refuse_add = nullptr)
+      : real_(std::move(real)),
+        tamper_(std::move(tamper)),
+        refuse_add_(std::move(refuse_add)) {}
 
   StatusOr<std::unique_ptr<Domain>> OpenDomain() override {
     JF_ASSIGN_OR_RETURN(auto domain, real_->OpenDomain());
     return std::unique_ptr<Domain>(std::make_unique<TamperingDomain>(
-        std::move(domain), &tamper_, &doorbell()));
+        std::move(domain), &tamper_, &refuse_add_, &doorbell()));
   }
   Doorbell& doorbell() override { return real_->doorbell(); }
 
  private:
   const std::unique_ptr<Transport> real_;
   const Tamper tamper_;
+  const RefuseAdd refuse_add_;
 };
 
 }  // namespace jaxfabric

@@ -102,6 +102,49 @@ TEST(TopologyTest, EachRankGetsTheNicsOfItsSwitch) {
                           ElementsAre("rdma1a", "rdma1b")));
 }
 
+TEST(TopologyTest, AProcessOfOneNodeTakesTheNicsOfThatNode) {
+  const auto topology = *Topology::FromHwlocXml(TwoPackages());
+  const auto nics = topology.nics();
+  const auto first = ElementsAre("rdma0a", "rdma0b", "rdma1a", "rdma1b");
+  EXPECT_THAT(topology.Nearest(nics, {0}), first);
+  EXPECT_THAT(topology.Nearest(nics, {0, 1}), first);
+  EXPECT_THAT(topology.Nearest(nics, {2, 3}),
+              ElementsAre("rdma2a", "rdma2b", "rdma3a", "rdma3b"));
+  // Where it may run anywhere, none is closer than another.
+  EXPECT_EQ(topology.Nearest(nics, {0, 1, 2, 3}), nics);
+  EXPECT_EQ(topology.Nearest(nics, {}), nics);
+  EXPECT_EQ(topology.Nearest(nics, {77}), nics) << "no such core";
+  // All that there are, where none is near, or nothing is known of them.
+  EXPECT_THAT(topology.Nearest({"rdma3b", "rdma2a"}, {0}),
+              ElementsAre("rdma3b", "rdma2a"));
+  EXPECT_THAT(topology.Nearest({"one", "two"}, {0}), ElementsAre("one", "two"));
+  EXPECT_TRUE(topology.Nearest({}, {0}).empty());
+}
+
+TEST(TopologyTest, NicsHaveTheCoresOfTheirNodes) {
+  const auto topology = *Topology::FromHwlocXml(TwoPackages());
+  EXPECT_THAT(topology.CoresNear({"rdma0a"}), ElementsAre(0, 1));
+  EXPECT_THAT(topology.CoresNear({"rdma3b", "rdma2a"}), ElementsAre(2, 3));
+  EXPECT_THAT(topology.CoresNear({"rdma0a", "rdma3b"}),
+              ElementsAre(0, 1, 2, 3));
+  EXPECT_THAT(topology.CoresNear({"unheard of", "rdma3b"}), ElementsAre(2, 3));
+  EXPECT_TRUE(topology.CoresNear({"unheard of"}).empty());
+  EXPECT_TRUE(topology.CoresNear({}).empty());
+  // Ports, as transports call them.
+  EXPECT_THAT(topology.CoresNear({"rdma3b-rdm"}), ElementsAre(2, 3));
+  EXPECT_THAT(topology.CoresNear({"rdma0a:1"}), ElementsAre(0, 1));
+}
+
+TEST(TopologyTest, OneNodeIsNoReasonToStayAnywhere) {
+  const auto topology = *Topology::FromHwlocXml(
+      "<topology version=\"2.0\"><object type=\"Machine\">"
+      "<object type=\"NUMANode\"/>" +
+      Pu(0) + Pu(1) + Switch(0) + "</object></topology>");
+  EXPECT_TRUE(topology.CoresNear({"rdma0a"}).empty());
+  EXPECT_THAT(topology.Nearest(topology.nics(), {1}),
+              ElementsAre("rdma0a", "rdma0b"));
+}
+
 TEST(TopologyTest, NicsAreSplitEvenlyWhateverTheirNumber) {
   const auto topology = *Topology::FromHwlocXml(TwoPackages());
   for (size_t nic_count = 1; nic_count <= 8; ++nic_count) {
@@ -185,6 +228,16 @@ TEST_F(SysfsTest, NumaNodesAndThePciTreeAreKnown) {
   EXPECT_THAT(topology.ByDistance({"near0", "mlx5_0", "near1"},
                                   {.gpu = "0000:82:00.0", .core = 0}),
               ElementsAre("near1", "mlx5_0", "near0"));
+}
+
+TEST_F(SysfsTest, NodesAreNearTheirNicsAndCores) {
+  const Topology topology = Topology::FromSysfs(root_);
+  const std::vector<std::string> nics = {"near1", "near0", "mlx5_0", "lo"};
+  EXPECT_THAT(topology.Nearest(nics, {2}), ElementsAre("near1", "mlx5_0"));
+  EXPECT_THAT(topology.Nearest(nics, {0, 1}), ElementsAre("near0"));
+  EXPECT_EQ(topology.Nearest(nics, {1, 2}), nics);
+  EXPECT_THAT(topology.CoresNear({"mlx5_0", "near1"}), ElementsAre(2, 3));
+  EXPECT_TRUE(topology.CoresNear({"lo"}).empty());
 }
 
 TEST(TopologyTest, ThisMachineHasOne) {

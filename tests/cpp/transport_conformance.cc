@@ -76,6 +76,57 @@ TEST_P(TransportConformance, WritesOfAllSizesArriveWholeBeforeTheirImmediate) {
   EXPECT_TRUE(from.errors.empty() && from.immediates.empty());
 }
 
+TEST_P(TransportConformance, PiecesOfAWriteArriveBeforeItsImmediate) {
+  constexpr uint64_t kPage = 5000;
+  ConformanceRank& from = OpenRank(16 * kPage);
+  ConformanceRank& to = OpenRank(16 * kPage);
+  const PeerId peer = from.Add(to);
+  to.Add(from);
+  const uint32_t most = from.domain().caps().write_pieces_max;
+  if (most == 1) GTEST_SKIP() << "a write has one piece over this transport";
+  FillRandom(from.data(), from.size());
+  // The first write also waits until the target has been told about.
+  ASSERT_TRUE(Write(from, peer, from.Source(0), to.Target(0), 0, 0, 0));
+  ASSERT_TRUE(DriveUntil([&] { return from.done.size() == 1; }));
+  for (uint32_t count = 1; count <= most; ++count) {
+    SCOPED_TRACE("pieces: " + std::to_string(count));
+    std::memset(to.data(), static_cast<int>(kPoison), to.size());
+    std::vector<Piece> pieces;
+    for (uint32_t i = 0; i < count; ++i) {
+      pieces.push_back({2 * i * kPage, (14 - 3 * i) * kPage, kPage - i});
+    }
+    bool whole = true;
+    to.on_completion = [&](const Completion&) {
+      for (const Piece& piece : pieces) {
+        whole &=
+            std::memcmp(to.data() + piece.remote_offset,
+                        from.data() + piece.local_offset, piece.length) == 0;
+      }
+    };
+    const auto posted =
+        from.domain().PostPieces(peer, {from.data(), from.key()}, to.Target(0),
+                                 pieces, /*immediate=*/count, count);
+    ASSERT_TRUE(posted.ok()) << posted.status().message();
+    ASSERT_EQ(*posted, Posted::kPosted);
+    ASSERT_TRUE(DriveUntil([&] {
+      return to.immediates.size() == count + 1 && from.done.size() == count + 1;
+    }));
+    EXPECT_TRUE(whole);
+    EXPECT_EQ(to.immediates.back().immediate, count);
+    for (const Piece& piece : pieces) {
+      EXPECT_TRUE(AllPoison(to.data() + piece.remote_offset + piece.length,
+                            kPage - piece.length));
+    }
+  }
+  const Piece within_and_beyond[] = {{0, 0, kPage}, {0, 16 * kPage - 1, 2}};
+  EXPECT_EQ(from.domain()
+                .PostPieces(peer, {from.data(), from.key()}, to.Target(0),
+                            within_and_beyond, 0, 0)
+                .status()
+                .code(),
+            StatusCode::kOutOfRange);
+}
+
 TEST_P(TransportConformance, EightDomainsASideAreIndependent) {
   constexpr uint64_t kSlot = 1024;
   constexpr uint32_t kWrites = 96;

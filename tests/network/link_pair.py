@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import queue
+import statistics
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ PROGRAM = Path("tests/network/link_peer")  # in the build folder
 OPEN_TIMEOUT_S = 30.0
 # What an answer may take beyond the time that its command was given.
 GRACE_S = 10.0
+ROUNDS = 5  # of a comparison of rates
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,15 @@ def link_pair(
         writer, receiver = peers
         writer.ask(f"connect {receiver.address} {receiver.region} 20", 20).check()
         yield LinkPair(writer, receiver, bytes)
+
+
+def median_of_rounds(compare: Callable[[int], float]) -> float:
+    """The median of ratios of rates that were measured in turns.
+
+    Args:
+        compare: measures both rates, one right after the other, under the id that it
+            is given, and returns their ratio.
+    """
+    ratios = [compare(id) for id in range(1, ROUNDS + 1)]
+    print(f"ratios: {[round(ratio, 3) for ratio in ratios]}")
+    return statistics.median(ratios)

@@ -2,14 +2,18 @@
 //
 //   link_peer PROVIDER NIC[,NIC...] BYTES LIBRARY
 //
-// Opens an engine over ofi/PROVIDER with one region of BYTES, prints its
-// address and the region's, then answers each line with one line of JSON:
+// Opens an engine over ofi/PROVIDER, or over verbs if that is PROVIDER, with
+// one region of BYTES. Prints its address and the region's, then answers each
+// line with one line of JSON:
 //
 //   connect ADDRESS REGION TIMEOUT_S  to the other end, as it printed them
 //   fill SEED                         the region, by a pattern
 //   write ID COUNT TIMEOUT_S          COUNT times into the other end's region
 //   expect ID COUNT TIMEOUT_S         so many transfers of the other end
 //   count ID                          transfers that came and were not expected
+//   send COUNT TIMEOUT_S              numbered messages to the other end
+//   receive COUNT TIMEOUT_S           so many of the other end, in their order
+//   unregister TIMEOUT_S              the region; nothing may use it afterwards
 //   check SEED                        that the region holds the pattern
 //   stats                             bytes written by each NIC
 //
@@ -27,6 +31,7 @@
 
 #include "engine/transfer_engine.h"
 #include "transport/ofi.h"
+#include "transport/verbs.h"
 
 namespace jaxfabric {
 namespace {
@@ -85,6 +90,9 @@ class LinkPeer {
     if (command == "write") return Write(words, extra);
     if (command == "expect") return Expect(words);
     if (command == "stats") return Stats(extra);
+    if (command == "send") return Send(words);
+    if (command == "receive") return Receive(words);
+    if (command == "unregister") return Unregister(words);
     uint64_t seed = 0;  // or an id
     words >> seed;
     if (command == "fill") return Fill(seed);
@@ -119,7 +127,52 @@ class LinkPeer {
     words >> address >> region >> timeout_s;
     const Deadline deadline = Deadline::AfterSeconds(timeout_s);
     JF_ASSIGN_OR_RETURN(target_, RegionAddress::Decode(FromHex(region)));
-    return WaitFor(engine_->Connect(FromHex(address), deadline), deadline);
+    const auto connect = engine_->Connect(FromHex(address), deadline);
+    JF_RETURN_IF_ERROR(WaitFor(connect, deadline));
+    peer_ = (*connect)->peer();
+    return OkStatus();
+  }
+
+  Status Send(std::istringstream& words) {
+    int count = 0;
+    double timeout_s = 0;
+    words >> count >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    std::vector<TransferEngine::Submitted> sends;
+    for (int i = 0; i < count; ++i) {
+      const std::string text = std::to_string(sent_++);
+      sends.push_back(engine_->SubmitSend(peer_, text, deadline));
+    }
+    for (const auto& send : sends) JF_RETURN_IF_ERROR(WaitFor(send, deadline));
+    return OkStatus();
+  }
+
+  Status Receive(std::istringstream& words) {
+    int count = 0;
+    double timeout_s = 0;
+    words >> count >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    for (int i = 0; i < count; ++i) {
+      const auto message = engine_->inbox().Take(deadline);
+      const std::string expected = std::to_string(received_);
+      if (!message.has_value()) {
+        return Status(StatusCode::kDeadlineExceeded,
+                      "message " + expected + " has not come");
+      }
+      if (message->text != expected) {
+        return Status(StatusCode::kDataLoss,
+                      "message " + message->text + " instead of " + expected);
+      }
+      ++received_;
+    }
+    return OkStatus();
+  }
+
+  Status Unregister(std::istringstream& words) {
+    double timeout_s = 0;
+    words >> timeout_s;
+    const Deadline deadline = Deadline::AfterSeconds(timeout_s);
+    return WaitFor(engine_->UnregisterMemory(region_, deadline), deadline);
   }
 
   Status Write(std::istringstream& words, std::string* extra) {
@@ -187,21 +240,32 @@ class LinkPeer {
   RegionId region_;
   std::shared_ptr<SharedMemory> memory_;
   RegionAddress target_;
+  uint32_t peer_ = kUnknownPeer;
+  uint64_t sent_ = 0;      // messages
+  uint64_t received_ = 0;  // messages
 };
 
-StatusOr<std::unique_ptr<TransferEngine>> OpenEngine(char** argv) {
-  OfiOptions transport_options;
-  transport_options.provider = argv[1];
-  std::istringstream nics(argv[2]);
-  for (std::string nic; std::getline(nics, nic, ',');) {
-    transport_options.nics.push_back(nic);
+StatusOr<std::unique_ptr<Transport>> OpenTransport(
+    const std::string& provider, const std::vector<std::string>& nics,
+    const std::string& library) {
+  if (provider == "verbs") {
+    return OpenVerbsTransport(
+        {.library = library, .nics = nics, .job_secret = "link_peer"});
   }
-  transport_options.library = argv[4];
-  transport_options.job_secret = "link_peer";
+  return OpenOfiTransport({.provider = provider,
+                           .library = library,
+                           .nics = nics,
+                           .job_secret = "link_peer"});
+}
+
+StatusOr<std::unique_ptr<TransferEngine>> OpenEngine(char** argv) {
+  std::vector<std::string> nics;
+  std::istringstream text(argv[2]);
+  for (std::string nic; std::getline(text, nic, ',');) nics.push_back(nic);
   TransferEngineOptions options;
   options.job = options.token = options.name = "link_peer";
-  options.nics = transport_options.nics.size();
-  JF_ASSIGN_OR_RETURN(auto transport, OpenOfiTransport(transport_options));
+  options.nics = nics.size();
+  JF_ASSIGN_OR_RETURN(auto transport, OpenTransport(argv[1], nics, argv[4]));
   return TransferEngine::Open(options, std::move(transport));
 }
 

@@ -27,7 +27,7 @@ class SoftEfa:
         settings: further SOFTEFA_* variables, in lower case and without prefix.
     """
 
-    def __init__(self, build: Path, *, nics: int = 1, **settings: str | int) -> None:
+    def __init__(self, build: Path, *, nics: int = 1, **settings: str | float) -> None:
         self.nics = nics
         self._library = build / LIBRARY
         self._settings = settings

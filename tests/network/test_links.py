@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from network.link_pair import PROGRAM, LinkPair, link_pair
+from network.link_pair import PROGRAM, LinkPair, link_pair, median_of_rounds
 from network.namespaces import Hosts, two_hosts
 
 pytestmark = pytest.mark.usefixtures("network_namespaces")
@@ -47,41 +46,35 @@ def _count(megabits_per_second: float, seconds: float) -> int:
     return max(1, round(megabits_per_second * 1e6 / 8 * seconds / REGION_BYTES))
 
 
-def _share_of_the_links(
-    links: Links, megabits: list[float], seconds: float, repeats: int
-) -> float:
+def _share_of_the_links(links: Links, megabits: list[float], seconds: float) -> float:
     """What one engine gets over all links, by what they carry at the same time.
 
-    The median of `repeats`, each of which measures both for some seconds, the links
-    first: one engine for each link, all at once.
+    The median of five rounds: in each every link by itself, one after the other, then
+    the engine that has all of them.
     """
-    shares = []
+    counts = [_count(rate, seconds) for rate in megabits]
+    count = _count(sum(megabits), seconds)
     with contextlib.ExitStack() as stack:
         singles = [
             stack.enter_context(links.pair([link])) for link in range(len(megabits))
         ]
         together = stack.enter_context(links.pair(list(range(len(megabits)))))
-        for id in range(1, repeats + 1):
-            counts = [_count(rate, seconds) for rate in megabits]
-            for pair in singles:
-                pair.writer.ask(f"fill {id}").check()
-            for pair, count in zip(singles, counts, strict=True):
-                pair.begin(id, count)
-            carried = sum(
-                pair.finish(id, count)
+
+        def share(id: int) -> float:
+            alone = [
+                pair.transfer(id, count)
                 for pair, count in zip(singles, counts, strict=True)
-            )
-            count = _count(sum(megabits), seconds)
-            shares.append(together.transfer(id, count) / carried)
-    print(f"shares of the links' sum: {[round(share, 3) for share in shares]}")
-    return statistics.median(shares)
+            ]
+            return together.transfer(id, count) / sum(alone)
+
+        return median_of_rounds(share)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_an_engine_fills_equal_links(build: Path, libfabric: str, count: int) -> None:
     with _links(build, libfabric, ["500mbit"] * count) as links:
-        assert _share_of_the_links(links, [500] * count, 0.4, repeats=3) >= 0.95
+        assert _share_of_the_links(links, [500] * count, 0.4) >= 0.95
 
 
 @pytest.mark.slow
@@ -91,7 +84,7 @@ def test_a_slow_link_slows_only_itself(build: Path, libfabric: str) -> None:
     with _links(build, libfabric, rates) as links:
         # Long enough for the end, where only the slow one is busy, to be short.
         megabits = [1000.0, 1000.0, 1000.0, 250.0]
-        assert _share_of_the_links(links, megabits, 1.5, repeats=5) >= 0.95
+        assert _share_of_the_links(links, megabits, 1.0) >= 0.95
 
 
 def test_a_link_that_is_down_for_3_s_loses_nothing(build: Path, libfabric: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from network.link_pair import PROGRAM, link_pair
+from network.link_pair import PROGRAM, LinkPair, link_pair, median_of_rounds
 from network.softefa import SoftEfa
 
 CONFORMANCE = Path("tests/cpp/ofi_test")
@@ -65,11 +66,17 @@ def _conform(
     assert "without a device" not in run.stdout, run.stdout
 
 
-def _pair(build: Path, libfabric: str, provider: str, network: SoftEfa):
+def _pair(
+    build: Path,
+    libfabric: str,
+    provider: str,
+    network: SoftEfa,
+    bytes: int = REGION_BYTES,
+) -> contextlib.AbstractContextManager[LinkPair]:
     program = [str(build / PROGRAM), provider, ",".join(network.nic_names)]
-    command = [*program, str(REGION_BYTES), libfabric]
+    command = [*program, str(bytes), libfabric]
     environments = (network.environment(host=1), network.environment(host=2))
-    return link_pair((command, command), REGION_BYTES, environments)
+    return link_pair((command, command), bytes, environments)
 
 
 @pytest.mark.slow
@@ -77,20 +84,18 @@ def _pair(build: Path, libfabric: str, provider: str, network: SoftEfa):
 def test_four_paced_nics_carry_four_times_as_much_as_one(
     softefa_build: Path, libfabric: str, provider: str
 ) -> None:
-    one_rate, four_rate = [], []
     with (
-        SoftEfa(softefa_build, nics=1, gbps=1) as one,
-        SoftEfa(softefa_build, nics=4, gbps=1) as four,
+        # Slow, so that a busy machine's pauses are shorter than what NICs have to do.
+        SoftEfa(softefa_build, nics=1, gbps=0.2) as one,
+        SoftEfa(softefa_build, nics=4, gbps=0.2) as four,
         _pair(softefa_build, libfabric, provider, one) as single,
         _pair(softefa_build, libfabric, provider, four) as group,
     ):
-        for id in range(1, 4):  # 1.6 s each, so that start and end are short
-            one_rate.append(single.transfer(id, count=6))
-            four_rate.append(group.transfer(id, count=24))
-    print(f"MB/s of one: {[round(r * 1e-6) for r in one_rate]}")
-    print(f"MB/s of four: {[round(r * 1e-6) for r in four_rate]}")
-    # The best of each: other work on the machine can only take away.
-    assert max(four_rate) >= 3.95 * max(one_rate)
+        # 1.3 s each, so that start and end are short.
+        ratio = median_of_rounds(
+            lambda id: group.transfer(id, count=4) / single.transfer(id)
+        )
+    assert ratio >= 3.95
 
 
 @pytest.mark.slow
@@ -98,15 +103,24 @@ def test_four_paced_nics_carry_four_times_as_much_as_one(
 def test_a_slow_nic_slows_only_itself(
     softefa_build: Path, libfabric: str, provider: str
 ) -> None:
-    rates = (1, 1, 1, 0.25)
-    with (
-        SoftEfa(softefa_build, nics=4, gbps=",".join(map(str, rates))) as network,
-        _pair(softefa_build, libfabric, provider, network) as pair,
-    ):
-        # 1.5 s each, so that the end, where only the slow one is busy, is short.
-        rate = [pair.transfer(id, count=18) * 8e-9 for id in range(1, 4)]
-    print(f"shares: {[round(r / sum(rates), 3) for r in rate]}")
-    assert max(rate) >= 0.95 * sum(rates)
+    rates = (0.5, 0.5, 0.5, 0.125)
+    with contextlib.ExitStack() as stack:
+        singles = []
+        for rate in (rates[0], rates[-1]):
+            network = stack.enter_context(SoftEfa(softefa_build, nics=1, gbps=rate))
+            bytes = int(REGION_BYTES * rate)
+            pair = _pair(softefa_build, libfabric, provider, network, bytes)
+            singles.append(stack.enter_context(pair))
+        settings = ",".join(map(str, rates))
+        network = stack.enter_context(SoftEfa(softefa_build, nics=4, gbps=settings))
+        group = stack.enter_context(_pair(softefa_build, libfabric, provider, network))
+
+        def share(id: int) -> float:
+            fast, slow = (pair.transfer(id) for pair in singles)
+            # 1.5 s: the end, where only the slow one is busy, is short by comparison.
+            return group.transfer(id, count=9) / (3 * fast + slow)
+
+        assert median_of_rounds(share) >= 0.95
 
 
 @pytest.mark.parametrize("state", ["down", "unacked", "late", "dying"])

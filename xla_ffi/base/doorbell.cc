@@ -29,9 +29,11 @@ void Doorbell::Ring() {
   // sleeper, or the sleeper sees the new sequence.
   words_->sequence.fetch_add(1, std::memory_order_seq_cst);
   if (words_->sleepers.load(std::memory_order_seq_cst) != 0) {
-    FutexWakeShared(&words_->sequence);
+    Wake();
   }
 }
+
+void Doorbell::Wake() { FutexWakeShared(&words_->sequence); }
 
 uint32_t Doorbell::Sequence() const {
   return words_->sequence.load(std::memory_order_acquire);

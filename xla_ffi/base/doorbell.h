@@ -1,4 +1,4 @@
-// Doorbell: wakes one sleeping thread, also from another process.
+// Doorbell: wakes sleeping threads, also from another process.
 //
 // The words may lie in shared memory. std::atomic::wait is no use there:
 // libstdc++ waits on a private futex, which no other process can wake.
@@ -27,6 +27,9 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free);
 class Doorbell {
  public:
   explicit Doorbell(DoorbellWords* words) : words_(words) {}
+  virtual ~Doorbell() = default;
+  Doorbell(const Doorbell&) = default;
+  Doorbell& operator=(const Doorbell&) = default;
 
   // Says that there is something to look at. Everything written before is
   // visible to a thread that returns from Wait because of it.
@@ -38,7 +41,18 @@ class Doorbell {
 
   // Returns when the sequence differs from `seen`, at the deadline, or early
   // for no reason at all.
-  void Wait(uint32_t seen, Deadline deadline);
+  virtual void Wait(uint32_t seen, Deadline deadline);
+
+  // From Mute to Unmute the caller polls: devices that wake sleepers by
+  // themselves need not. Calls may nest.
+  virtual void Mute() {}
+  virtual void Unmute() {}
+
+ protected:
+  // Wakes all who are in Wait.
+  virtual void Wake();
+
+  DoorbellWords* words() const { return words_; }
 
  private:
   DoorbellWords* words_;

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <set>
 #include <system_error>
 #include <tuple>
 
@@ -219,7 +220,77 @@ int Topology::Find(const std::string& name) const {
     const bool device = object.type == "OSDev" || object.type == "PCIDev";
     if (device && object.name == name) return static_cast<int>(i);
   }
-  return -1;
+  // Transports open ports, which have the names of their devices, and more.
+  const size_t port = name.find_last_of(":-");
+  return port == std::string::npos ? -1 : Find(name.substr(0, port));
+}
+
+// hwloc has a NUMA node beside the cores that it is local to; our sysfs tree
+// has the cores in it.
+std::set<int> Topology::NodeHolders() const {
+  std::set<int> parents;
+  for (const Object& object : objects_) parents.insert(object.parent);
+  std::set<int> holders;
+  for (size_t i = 0; i < objects_.size(); ++i) {
+    if (objects_[i].type != "NUMANode") continue;
+    const int node = static_cast<int>(i);
+    holders.insert(parents.contains(node) ? node : objects_[i].parent);
+  }
+  return holders;
+}
+
+int Topology::AncestorIn(const std::set<int>& objects, int object) const {
+  while (object >= 0 && !objects.contains(object)) {
+    object = objects_[static_cast<size_t>(object)].parent;
+  }
+  return object;
+}
+
+std::vector<std::string> Topology::Nearest(
+    const std::vector<std::string>& nics,
+    const std::vector<uint32_t>& cores) const {
+  const std::set<int> holders = NodeHolders();
+  std::set<int> nodes;
+  for (size_t i = 0; i < objects_.size(); ++i) {
+    if (objects_[i].type != "PU") continue;
+    const auto number =
+        std::find_if(cores.begin(), cores.end(), [&](const uint32_t core) {
+          return objects_[i].name == std::to_string(core);
+        });
+    if (number != cores.end()) {
+      nodes.insert(AncestorIn(holders, static_cast<int>(i)));
+    }
+  }
+  if (nodes.size() != 1) return nics;
+  const RankPlace place = {.core = cores.front()};
+  std::pair<uint32_t, uint32_t> closest;
+  for (const std::string& nic : nics) {
+    closest = std::max(closest, Closeness(nic, place));
+  }
+  std::vector<std::string> nearest;
+  for (const std::string& nic : nics) {
+    if (Closeness(nic, place) == closest) nearest.push_back(nic);
+  }
+  return nearest;
+}
+
+std::vector<uint32_t> Topology::CoresNear(
+    const std::vector<std::string>& nics) const {
+  const std::set<int> holders = NodeHolders();
+  std::set<int> nodes;
+  for (const std::string& nic : nics) {
+    const int node = AncestorIn(holders, Find(nic));
+    if (node >= 0) nodes.insert(node);
+  }
+  std::vector<uint32_t> cores;
+  if (holders.size() < 2) return cores;
+  for (size_t i = 0; i < objects_.size(); ++i) {
+    if (objects_[i].type != "PU") continue;
+    if (!nodes.contains(AncestorIn(holders, static_cast<int>(i)))) continue;
+    cores.push_back(static_cast<uint32_t>(
+        std::strtoul(objects_[i].name.c_str(), nullptr, 10)));
+  }
+  return cores;
 }
 
 uint32_t Topology::DepthOfCommon(int a, int b) const {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -38,10 +39,19 @@ class Topology {
   // Names of all network and RDMA devices.
   std::vector<std::string> nics() const;
 
-  // How close `nic` (a device's name, or its PCI address) is to the GPU of
-  // `place`, then to its core. Larger is closer; 0 is not known.
+  // How close `nic` is to the GPU of `place`, then to its core. It is a
+  // device's name, its PCI address, or a port as libfabric and libibverbs call
+  // it: "rdmap0s6-rdm", "mlx5_0:1". Larger is closer; 0 is not known.
   std::pair<uint32_t, uint32_t> Closeness(const std::string& nic,
                                           const RankPlace& place) const;
+  // Those of `nics` that are closest to a process that may run on `cores`, in
+  // their order. All of them, where those cores are of several NUMA nodes: then
+  // none is closer to the process than another.
+  std::vector<std::string> Nearest(const std::vector<std::string>& nics,
+                                   const std::vector<uint32_t>& cores) const;
+  // The cores of the NUMA nodes that `nics` are at. None where there is only
+  // one node, or where that is not known.
+  std::vector<uint32_t> CoresNear(const std::vector<std::string>& nics) const;
   // `nics` from the closest to the farthest; equals keep their order.
   std::vector<std::string> ByDistance(std::vector<std::string> nics,
                                       const RankPlace& place) const;
@@ -59,6 +69,9 @@ class Topology {
   // Adds what is missing of the path of a sysfs device; -1 if it is none.
   int AddSysfsDevice(const std::string& link, int node_parent);
   int Find(const std::string& name) const;
+  // Objects whose descendants are one NUMA node's.
+  std::set<int> NodeHolders() const;
+  int AncestorIn(const std::set<int>& objects, int object) const;
   uint32_t DepthOfCommon(int a, int b) const;
 
   std::string origin_;

@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/status.h"
+
 namespace jaxfabric {
 
 static_assert(std::endian::native == std::endian::little);
@@ -70,6 +72,21 @@ class ByteReader {
   std::string_view bytes_;
   bool ok_ = true;
 };
+
+// What serialised things begin with. `what` begins the error of another
+// version, as in "the address is".
+inline Status ReadHeader(ByteReader& reader, uint32_t magic, uint32_t version,
+                         const std::string& what, const Status& malformed) {
+  const bool ours = reader.Number<uint32_t>() == magic;
+  const uint32_t theirs = reader.Number<uint32_t>();
+  if (!ours || !reader.ok()) return malformed;
+  if (theirs == version) return OkStatus();
+  return Status(StatusCode::kFailedPrecondition,
+                what + " of version " + std::to_string(theirs) +
+                    " of the engine's protocol, this engine speaks version " +
+                    std::to_string(version) +
+                    "; install the same jaxfabric on both sides");
+}
 
 }  // namespace jaxfabric
 

@@ -34,6 +34,14 @@ std::vector<NetAddr> DomainGroup::addresses() const {
   return addresses;
 }
 
+std::vector<DomainStats> DomainGroup::stats() const {
+  std::vector<DomainStats> stats = stats_;
+  for (size_t i = 0; i < stats.size(); ++i) {
+    stats[i].refused_frames = domains_[i]->refused_frames();
+  }
+  return stats;
+}
+
 size_t DomainGroup::message_bytes_max() const {
   size_t bytes = caps().message_bytes_max;
   for (const auto& domain : domains_) {
@@ -93,6 +101,7 @@ Status DomainGroup::AddPeer(uint32_t name,
         StatusCode::kInvalidArgument,
         "a peer has 1 to 8 addresses, not " + std::to_string(addresses.size()));
   }
+  if (peers_.contains(name)) return OkStatus();
   auto peer = std::make_shared<GroupPeer>();
   peer->name = name;
   const size_t links = std::max(domains_.size(), addresses.size());
@@ -102,11 +111,14 @@ Status DomainGroup::AddPeer(uint32_t name,
     link.domain = static_cast<uint32_t>(k % domains_.size());
     link.remote_domain = static_cast<uint32_t>(k % addresses.size());
     link.address = addresses[link.remote_domain];
-    JF_ASSIGN_OR_RETURN(link.id,
-                        domains_[link.domain]->AddPeer(link.address, deadline));
+    const auto id = domains_[link.domain]->AddPeer(link.address, deadline);
+    if (!id.ok()) {
+      Leave(*peer);
+      return id.status();
+    }
+    link.id = *id;
     peer->links.push_back(std::move(link));
   }
-  if (peers_.contains(name)) return OkStatus();
   peer->fences = links > 1;
   for (const Link& link : peer->links) {
     names_[link.domain][link.id] = {peer, link.number};
@@ -120,19 +132,24 @@ Status DomainGroup::AddPeer(uint32_t name,
   return OkStatus();
 }
 
+// Removes it from the Domains, where it has not come back under another name.
+void DomainGroup::Leave(const GroupPeer& peer) {
+  for (const Link& link : peer.links) {
+    auto& names = names_[link.domain];
+    const auto found = names.find(link.id);
+    if (found != names.end() && found->second.peer.get() != &peer) continue;
+    domains_[link.domain]->RemovePeer(link.id);
+    if (found != names.end()) names.erase(found);
+  }
+}
+
 void DomainGroup::RemovePeer(uint32_t name) {
   const auto found = peers_.find(name);
   if (found == peers_.end()) return;
   const GroupPeerPtr peer = found->second;
   peers_.erase(found);
   std::erase(turn_, peer);
-  for (const Link& link : peer->links) {
-    domains_[link.domain]->RemovePeer(link.id);
-  }
-  for (auto& names : names_) {
-    std::erase_if(names,
-                  [&](const auto& item) { return item.second.peer == peer; });
-  }
+  Leave(*peer);
   // What is open ends by itself, and with it the rest of its transfers.
   EndPeer(*peer, Status(StatusCode::kCancelled,
                         "peer " + std::to_string(name) + " was removed"));
@@ -150,22 +167,27 @@ StatusOr<TransferHandle> DomainGroup::SubmitWrite(
                   "partly sent; take another id");
   }
   uint64_t write_bytes_max = caps().write_bytes_max;
+  uint32_t pieces_max = caps().write_pieces_max;
   for (const auto& domain : domains_) {
     write_bytes_max = std::min(write_bytes_max, domain->caps().write_bytes_max);
+    pieces_max = std::min(pieces_max, domain->caps().write_pieces_max);
   }
   auto transfer = std::make_shared<Transfer>();
-  JF_ASSIGN_OR_RETURN(
-      transfer->chunks,
-      CutIntoChunks(pieces, peer->links.size(), write_bytes_max, id));
+  transfer->id = id;
+  JF_RETURN_IF_ERROR(CutIntoChunks(pieces, peer->links.size(), write_bytes_max,
+                                   pieces_max, transfer.get()));
   uint64_t bytes = 0;
   for (const Piece& piece : pieces) bytes += piece.length;
   transfer->peer = name;
   transfer->local = local;
   transfer->remote = remote;
-  transfer->id = id;
   transfer->done = std::move(done);
   transfer->handle = next_handle_++;
   transfer->small = bytes <= kSplitBytes;
+  transfer->span = trace_.Begin([&] {
+    return TraceEvent{
+        .name = "transfer", .peer = name, .id = id, .bytes = bytes};
+  });
   const TransferHandle handle = transfer->handle;
   transfers_[handle] = transfer;
   peer->waiting_bytes += bytes;
@@ -229,21 +251,21 @@ void DomainGroup::HandleWriteEnd(OpenPost& post, Link& link,
                                  const Status& status) {
   const Chunk& chunk = post.write.transfer->chunks[post.write.chunk];
   DomainStats& stats = stats_[link.domain];
+  trace_.End(post.span, status.code());
   if (post.peer->links.size() > 1) {
-    const bool full = !HasRoom(link, std::max<uint64_t>(1, chunk.piece.length));
+    const bool full = !HasRoom(link, std::max<uint64_t>(1, chunk.bytes));
     if (status.ok()) {
-      link.rate.Done(chunk.piece.length, now_ns_,
-                     full || chunk.piece.length >= kSplitBytes);
+      link.rate.Done(chunk.bytes, now_ns_, full || chunk.bytes >= kSplitBytes);
     }
     link.progress_ns = now_ns_;
   }
   --link.open_writes;
   if (!post.peer->over) CountBorrowed(link);
-  link.open_bytes -= chunk.piece.length;
+  link.open_bytes -= chunk.bytes;
   --stats.open_writes;
   if (status.ok()) {
     ++stats.writes;
-    stats.write_bytes += chunk.piece.length;
+    stats.write_bytes += chunk.bytes;
     link.backoff_ns = 0;
     CloseWrite(*post.peer, post.write, OkStatus());
   } else if (post.peer->over) {
@@ -275,9 +297,20 @@ void DomainGroup::HandleMessageEnd(OpenPost& post, const Status& status) {
     return;
   }
   post.peer->open_messages.erase(message.number);
+  if (status.ok() && post.peer->fences) {
+    ++link.messages_sent;
+    link.delivered.push_back({std::move(message.bytes), {}, message.number});
+    if (link.delivered.size() > Link::kDeliveredMax) link.delivered.pop_front();
+  }
   ended_.emplace_back(std::move(message.done), status.ok() || !post.peer->over
                                                    ? status
                                                    : post.peer->end);
+  if (status.ok() || post.peer->links.size() == 1 || IsOfThePost(status)) {
+    return;
+  }
+  // Nobody can tell whether it came, and what follows may not make sense
+  // without it.
+  LosePeer(*post.peer, status.Annotate("a message may be lost with its link"));
 }
 
 void DomainGroup::HandleEnd(size_t domain, const Completion& completion) {
@@ -295,6 +328,7 @@ void DomainGroup::HandleEnd(size_t domain, const Completion& completion) {
     return;
   }
   --link.open_messages;
+  if (!failed) link.progress_ns = now_ns_;
   if (post.kind == OpenPost::Kind::kMessage) {
     --open_messages_;
     stats_[domain].messages += !failed;
@@ -304,13 +338,14 @@ void DomainGroup::HandleEnd(size_t domain, const Completion& completion) {
   }
 }
 
-void DomainGroup::HandleMessage(const GroupPeerPtr& peer, const Link& link,
+void DomainGroup::HandleMessage(const GroupPeerPtr& peer, Link& link,
                                 std::string bytes) {
   const auto frame = LinkFrame::Decode(bytes);
+  link.messages_received += frame && frame->type == LinkFrame::Type::kMessage;
   if (!frame) {
     ++stats_[link.domain].malformed_dropped;
   } else if (frame->type != LinkFrame::Type::kMessage) {
-    if (peer->fences) HandleFrame(peer, link, *frame);
+    if (peer->fences && !peer->over) HandleFrame(peer, link, *frame);
   } else if (!peer->fences || peer->arrived_messages.Accept(frame->number)) {
     bytes.erase(0, LinkFrame::kHeaderBytes);
     news_.push_back(

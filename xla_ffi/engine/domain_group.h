@@ -32,6 +32,7 @@
 #include "engine/group_peer.h"
 #include "engine/link.h"
 #include "engine/link_frame.h"
+#include "engine/trace.h"
 #include "engine/transfer.h"
 #include "transport/transport.h"
 
@@ -106,6 +107,9 @@ class DomainGroup {
   // Ids of transfers that ended badly when they were partly sent are refused,
   // until the caller knows that the peer has dropped what it holds of them.
   void ReleaseId(uint32_t peer, uint32_t id);
+  // Told each such id, also when the peer is gone. It must not call this group.
+  using SpoiltId = std::function<void(uint32_t peer, uint32_t id)>;
+  void set_on_spoilt(SpoiltId told) { on_spoilt_ = std::move(told); }
 
   // Control messages; they wait for room but not behind writes. `done` runs
   // once the message is delivered, or with the reason why it will never be.
@@ -118,22 +122,15 @@ class DomainGroup {
   // True if no control message waits or is on its way.
   bool Idle() const;
 
-  // By Domain.
-  std::vector<DomainStats> stats() const { return stats_; }
+  std::vector<DomainStats> stats() const;  // by Domain
+
+  // Of transfers to peers, and of the writes that they take on each Domain.
+  Trace& trace() { return trace_; }
 
   // Moves everything forward; true if anything happened.
   bool Poll(std::vector<Event>* events);
 
  private:
-  // What a cookie stands for.
-  struct OpenPost {
-    enum class Kind { kWrite, kMessage, kFrame };
-    Kind kind;
-    GroupPeerPtr peer;
-    uint8_t link = 0;
-    UncertainWrite write;
-    GroupMessage message;
-  };
   struct PeerLink {  // what a PeerId of a Domain stands for
     GroupPeerPtr peer;
     uint8_t link = 0;
@@ -153,10 +150,10 @@ class DomainGroup {
 
   // domain_group.cc
   GroupPeer* FindPeer(uint32_t name);
+  void Leave(const GroupPeer& peer);
   void HandleArrival(size_t domain, Completion& completion);
   void HandleStranger(size_t domain, Completion& completion);
-  void HandleMessage(const GroupPeerPtr& peer, const Link& link,
-                     std::string bytes);
+  void HandleMessage(const GroupPeerPtr& peer, Link& link, std::string bytes);
   void HandleEnd(size_t domain, const Completion& completion);
   void HandleWriteEnd(OpenPost& post, Link& link, const Status& status);
   void HandleMessageEnd(OpenPost& post, const Status& status);
@@ -177,6 +174,7 @@ class DomainGroup {
   Link* ChooseLink(GroupPeer& peer, uint64_t bytes);
   Link* ChooseLinkForMessage(GroupPeer& peer, const Link* avoid);
   void PostFrame(const GroupPeerPtr& peer, Link& link, const LinkFrame& frame);
+  void NoteMessage(Link& link);
   // Over any link but `avoid`. May be lost: who needs it says it again.
   void SendFrame(const GroupPeerPtr& peer, const LinkFrame& frame,
                  const Link* avoid = nullptr);
@@ -202,14 +200,18 @@ class DomainGroup {
                   const std::vector<UncertainWrite>& writes);
   void PostAgain(GroupPeer& peer, const Link& link,
                  const UncertainWrite& write);
+  // domain_group_repair.cc
   void StartRepair(const GroupPeerPtr& peer, LinkCount stands_for,
                    const std::vector<UncertainWrite>& writes);
   void EndRepair(GroupPeer& peer, uint32_t number, const Status& status);
   void HandleRepair(const GroupPeerPtr& peer, const LinkFrame& frame);
   void CountRepairWrites(const GroupPeerPtr& peer, uint32_t number,
                          uint64_t writes);
+  // domain_group_fence.cc
+  bool SendAgain(GroupPeer& peer, Link& link, uint64_t received);
   void Settle(Link& link);
   void GiveUp(const GroupPeerPtr& peer, Link& link);
+  bool Revives(const Link& link) const;
   bool StartProbing(const GroupPeerPtr& peer, Link& link);
   void HandleProbing(const GroupPeerPtr& peer, Link& link, const Link& from,
                      const LinkFrame& frame);
@@ -235,9 +237,11 @@ class DomainGroup {
   uint64_t next_cookie_ = 1;
   uint64_t open_messages_ = 0;
   std::vector<FenceRequest> fence_requests_;
+  Trace trace_;
   std::vector<Event> news_;
   // Callbacks run last: they may call this group.
   std::deque<std::pair<Done, Status>> ended_;
+  SpoiltId on_spoilt_;
 };
 
 }  // namespace jaxfabric

@@ -4,7 +4,7 @@
 // Both ends of a link go through the same steps, each for the writes that it
 // posted:
 //   kUp       a post fails, the Domain reports the peer lost, or the other end
-//             says that it has fenced: the peer is removed from the Domain
+//             says that it has fenced: the Domain fences the peer
 //   kFencing  once all posts have ended, kFence names the keys of those that
 //             may or may not have arrived; kFenced says what did; they count as
 //             done, or are posted again over other links
@@ -31,27 +31,10 @@ constexpr int64_t kFenceGiveUpNs = 5'000 * kMillisecondNs;
 constexpr int64_t kProbeGiveUpNs = 500 * kMillisecondNs;
 constexpr int64_t kBackoffMinNs = 100 * kMillisecondNs;
 constexpr int64_t kBackoffMaxNs = 5'000 * kMillisecondNs;
-// AddPeer is called where nothing may block for long.
-constexpr int64_t kAddPeerNs = 10 * kMillisecondNs;
 // A link that completes nothing for so long, while its peer answers over
 // another, has failed.
 constexpr int64_t kStallNs = 1'000 * kMillisecondNs;
-// Repairs that a peer may have under way.
-constexpr size_t kCreditsMax = 4096;
 constexpr uint64_t kOverflowed = 1;
-
-// The immediates that count `units` under `id`.
-std::vector<uint32_t> ImmediatesOf(LinkCount count) {
-  std::vector<uint32_t> words;
-  uint64_t rest = count.units;
-  for (uint32_t share = 0; share <= kUnitBits; ++share) {
-    const uint64_t units = kTransferUnits >> share;
-    for (; rest >= units; rest -= units) {
-      words.push_back(Immediate{count.key, share}.Encode());
-    }
-  }
-  return words;
-}
 
 Status OutcomeUnknown(const Link& link, const std::string& why) {
   return Status(
@@ -69,12 +52,21 @@ void DomainGroup::FailLink(const GroupPeerPtr& peer, Link& link,
   if (peer->over) return;
   if (link.state != State::kUp && link.state != State::kProbing) return;
   ++stats_[link.domain].links_failed;
+  trace_.Mark([&] {
+    return TraceEvent{.name = "link failed",
+                      .label = status.message(),
+                      .peer = peer->name,
+                      .nic = link.domain,
+                      .status = status.code()};
+  });
   link.failure = status;
   link.state = peer->fences ? State::kFencing : State::kDead;
-  const bool lost = std::none_of(peer->links.begin(), peer->links.end(),
+  // Without a fence, messages may be lost with the link.
+  const bool lost = !peer->fences ||
+                    std::none_of(peer->links.begin(), peer->links.end(),
                                  [](const Link& other) { return other.up(); });
   if (peer->fences) {
-    domains_[link.domain]->RemovePeer(link.id);
+    domains_[link.domain]->FencePeer(link.id);
     link.resolved = link.answered = false;
     link.retry_ns = 0;
     now_ns_ = clock_ns_();
@@ -112,7 +104,7 @@ void DomainGroup::HandleFrame(const GroupPeerPtr& peer, const Link& from,
       return SendFrame(peer, pong, &link);
     }
     case Type::kPong:
-      if (link.up() && link.open_writes > 0 &&
+      if (link.up() && !link.idle() &&
           frame.number == static_cast<uint64_t>(link.progress_ns)) {
         FailLink(peer, link,
                  Status(StatusCode::kDeadlineExceeded,
@@ -133,8 +125,11 @@ void DomainGroup::HandleFence(const GroupPeerPtr& peer, Link& link,
   if (frame.epoch == link.epoch) {
     FailLink(peer, link,
              Status(StatusCode::kUnavailable, "the peer has fenced it"));
-    // Answered once what had arrived before has been polled.
-    if (!peer->over) fence_requests_.push_back({peer, frame});
+    const bool known = std::any_of(
+        fence_requests_.begin(), fence_requests_.end(), [&](const auto& item) {
+          return item.peer == peer && item.frame.link == frame.link;
+        });
+    if (!peer->over && !known) fence_requests_.push_back({peer, frame});
   } else if (frame.epoch == link.fenced_epoch && !link.last_fenced.empty()) {
     if (const auto again = LinkFrame::Decode(link.last_fenced)) {
       SendFrame(peer, *again);
@@ -143,10 +138,16 @@ void DomainGroup::HandleFence(const GroupPeerPtr& peer, Link& link,
 }
 
 void DomainGroup::AnswerFences() {
+  std::vector<FenceRequest> later;
   // Polling may bring further requests.
   for (size_t i = 0; i < fence_requests_.size(); ++i) {
     const FenceRequest request = fence_requests_[i];
     Link& link = request.peer->links[request.frame.link];
+    if (!request.peer->over && !domains_[link.domain]->IsFenced(link.id)) {
+      later.push_back(request);
+      continue;
+    }
+    // What has arrived before counts.
     while (PollDomain(link.domain)) {
     }
     if (request.peer->over || link.up() || request.frame.epoch != link.epoch) {
@@ -156,7 +157,8 @@ void DomainGroup::AnswerFences() {
     fenced.type = LinkFrame::Type::kFenced;
     fenced.link = link.number;
     fenced.epoch = link.epoch;
-    fenced.number = link.received.overflowed() ? kOverflowed : 0;
+    fenced.number = 2 * link.messages_received +
+                    (link.received.overflowed() ? kOverflowed : 0);
     for (const LinkCount& asked : request.frame.counts) {
       fenced.counts.push_back({asked.key, link.received.Units(asked.key)});
     }
@@ -166,7 +168,7 @@ void DomainGroup::AnswerFences() {
     SendFrame(request.peer, fenced);
     Settle(link);
   }
-  fence_requests_.clear();
+  fence_requests_ = std::move(later);
 }
 
 void DomainGroup::Resolve(const GroupPeerPtr& peer, Link& link,
@@ -185,12 +187,13 @@ void DomainGroup::Resolve(const GroupPeerPtr& peer, Link& link,
     for (const LinkCount& count : frame.counts) {
       if (count.key == key) held = count.units;
     }
-    if (frame.number == kOverflowed || link.sent.overflowed()) {
+    if ((frame.number & kOverflowed) != 0 || link.sent.overflowed()) {
       held = std::nullopt;
     }
     ResolveKey(peer, link, key, held, writes);
     if (peer->over) return;
   }
+  if (!SendAgain(*peer, link, frame.number / 2)) return;
   link.resolved = true;
   Settle(link);
 }
@@ -240,6 +243,28 @@ void DomainGroup::ResolveKey(const GroupPeerPtr& peer, Link& link, uint32_t key,
   }
 }
 
+// Messages that the peer's NIC had, and the peer perhaps not: it drops those
+// that it has seen. False if there may be one that it can no longer tell.
+bool DomainGroup::SendAgain(GroupPeer& peer, Link& link, uint64_t received) {
+  auto delivered = std::exchange(link.delivered, {});
+  const uint64_t tells = peer.next_message > ReplayWindow::kNumbers
+                             ? peer.next_message - ReplayWindow::kNumbers
+                             : 0;
+  for (; !delivered.empty(); delivered.pop_back()) {
+    if (delivered.back().number > tells) {
+      peer.open_messages.insert(delivered.back().number);
+      peer.messages.push_front(std::move(delivered.back()));
+    } else if (received < link.messages_sent) {
+      LosePeer(peer, Status(StatusCode::kDataLoss,
+                            "a link failed, and with it messages that had been "
+                            "reported delivered: " +
+                                link.failure.message()));
+      return false;
+    }
+  }
+  return true;
+}
+
 void DomainGroup::PostAgain(GroupPeer& peer, const Link& link,
                             const UncertainWrite& write) {
   if (!write.transfer->status.ok()) {
@@ -247,92 +272,8 @@ void DomainGroup::PostAgain(GroupPeer& peer, const Link& link,
     return;
   }
   ++stats_[link.domain].writes_again;
-  peer.waiting_bytes += write.transfer->chunks[write.chunk].piece.length;
+  peer.waiting_bytes += write.transfer->chunks[write.chunk].bytes;
   peer.again.push_back(write);
-}
-
-// --- Repairs -----------------------------------------------------------------
-
-void DomainGroup::StartRepair(const GroupPeerPtr& peer, LinkCount stands_for,
-                              const std::vector<UncertainWrite>& writes) {
-  const uint32_t number = peer->next_repair++;
-  LinkFrame frame;
-  frame.type = LinkFrame::Type::kRepair;
-  frame.number = number;
-  frame.epoch = static_cast<uint32_t>(writes.size());
-  frame.counts = {stands_for};
-  GroupPeer::Repair& repair = peer->repairs[number];
-  repair.frame = frame;
-  repair.give_up_ns = now_ns_ + kFenceGiveUpNs;
-  for (const UncertainWrite& write : writes) {
-    write.transfer->chunks[write.chunk].immediate = RepairImmediate(number);
-    ++write.transfer->repairs;
-    repair.transfers.push_back(write.transfer);
-  }
-}
-
-void DomainGroup::EndRepair(GroupPeer& peer, uint32_t number,
-                            const Status& status) {
-  auto node = peer.repairs.extract(number);
-  if (!node) return;
-  for (const auto& transfer : node.mapped().transfers) {
-    --transfer->repairs;
-    if (status.ok()) {
-      Retire(transfer);
-    } else {
-      FailTransfer(&peer, transfer, status);
-    }
-  }
-}
-
-void DomainGroup::HandleRepair(const GroupPeerPtr& peer,
-                               const LinkFrame& frame) {
-  const auto number = static_cast<uint32_t>(frame.number);
-  const bool sane =
-      frame.counts.size() == 1 && frame.epoch > 0 &&
-      frame.epoch <= LinkFrame::kCountsMax &&
-      frame.counts[0].units <= LinkFrame::kCountsMax * kTransferUnits &&
-      peer->credits.size() < kCreditsMax;
-  if (!sane) return;
-  if (peer->finished_repairs.contains(number)) {
-    LinkFrame repaired;
-    repaired.type = LinkFrame::Type::kRepaired;
-    repaired.number = number;
-    SendFrame(peer, repaired);
-    return;
-  }
-  GroupPeer::Credit& credit = peer->credits[number];
-  credit.writes = frame.epoch;
-  credit.stands_for = frame.counts[0];
-  CountRepairWrites(peer, number, 0);
-}
-
-void DomainGroup::CountRepairWrites(const GroupPeerPtr& peer, uint32_t number,
-                                    uint64_t writes) {
-  if (!peer->credits.contains(number) && peer->credits.size() >= kCreditsMax) {
-    return;
-  }
-  GroupPeer::Credit& credit = peer->credits[number];
-  credit.arrived += writes;
-  if (credit.writes == 0 || credit.arrived < credit.writes) return;
-  const LinkCount stands_for = credit.stands_for;
-  peer->credits.erase(number);
-  peer->finished_repairs.insert(number);
-  if (peer->finished_repairs.size() > kCreditsMax) {
-    peer->finished_repairs.erase(peer->finished_repairs.begin());
-  }
-  LinkFrame repaired;
-  repaired.type = LinkFrame::Type::kRepaired;
-  repaired.number = number;
-  SendFrame(peer, repaired);
-  if ((stands_for.key & kRepairKey) != 0) {
-    CountRepairWrites(peer, stands_for.key & ~kRepairKey, stands_for.units);
-    return;
-  }
-  for (const uint32_t word : ImmediatesOf(stands_for)) {
-    news_.push_back(
-        {Event::Kind::kImmediate, peer->name, word, "", OkStatus()});
-  }
 }
 
 // --- Back again --------------------------------------------------------------
@@ -344,25 +285,37 @@ void DomainGroup::Settle(Link& link) {
   ++link.epoch;
   link.sent.Clear();
   link.received.Clear();
+  link.messages_sent = link.messages_received = 0;
   link.retry_ns = now_ns_ + link.backoff_ns;
 }
 
 // The peer did not say in time what it holds.
 void DomainGroup::GiveUp(const GroupPeerPtr& peer, Link& link) {
   link.state = Link::State::kDead;
+  if (!SendAgain(*peer, link, link.messages_sent)) return;
   for (const UncertainWrite& write : std::exchange(link.uncertain, {})) {
     CloseWrite(*peer, write,
                OutcomeUnknown(link, "the peer did not say in time"));
   }
 }
 
+// One end does. What of an address may change is less than what tells two
+// Domains apart.
+bool DomainGroup::Revives(const Link& link) const {
+  return domains_[link.domain]->address().bytes < link.address.bytes;
+}
+
 bool DomainGroup::StartProbing(const GroupPeerPtr& peer, Link& link) {
+  auto& names = names_[link.domain];
   const auto id = domains_[link.domain]->AddPeer(
-      link.address, Deadline::AfterNanoseconds(kAddPeerNs));
-  if (!id.ok()) return false;
+      link.address, Deadline::AfterNanoseconds(kProbeGiveUpNs));
+  // A peer may say where it is, but not be somebody else.
+  if (!id.ok() || (names.contains(*id) && *id != link.id)) return false;
+  names.erase(link.id);
   link.id = *id;
-  names_[link.domain][*id] = {peer, link.number};
+  names[*id] = {peer, link.number};
   link.state = Link::State::kProbing;
+  link.retry_ns = now_ns_ + kRetryNs;
   link.give_up_ns = now_ns_ + kProbeGiveUpNs;
   link.open_bytes = 0;
   link.rate = RateMeter();
@@ -374,11 +327,17 @@ void DomainGroup::HandleProbing(const GroupPeerPtr& peer, Link& link,
   using State = Link::State;
   using Type = LinkFrame::Type;
   if (frame.epoch != link.epoch) return;
-  LinkFrame answer = frame;
+  LinkFrame answer;
+  answer.link = link.number;
+  answer.epoch = link.epoch;
+  if (link.state == State::kDown && !frame.address.empty()) {
+    link.address.bytes = frame.address;
+  }
   if (frame.type == Type::kRevive) {
     const bool ready = link.state == State::kProbing ||
                        (link.state == State::kDown && StartProbing(peer, link));
     answer.type = Type::kRevived;
+    answer.address = domains_[link.domain]->address().bytes;
     if (ready) SendFrame(peer, answer, &link);
   } else if (frame.type == Type::kRevived) {
     if (link.state != State::kDown || !StartProbing(peer, link)) return;
@@ -425,7 +384,7 @@ void DomainGroup::AttendLink(const GroupPeerPtr& peer, Link& link) {
   frame.link = link.number;
   frame.epoch = link.epoch;
   if (link.up()) {
-    if (link.open_writes == 0 || now_ns_ - link.progress_ns < kStallNs ||
+    if (link.idle() || now_ns_ - link.progress_ns < kStallNs ||
         now_ns_ - link.pinged_ns < kRetryNs) {
       return;
     }
@@ -434,7 +393,13 @@ void DomainGroup::AttendLink(const GroupPeerPtr& peer, Link& link) {
     frame.number = static_cast<uint64_t>(link.progress_ns);
     SendFrame(peer, frame, &link);
   } else if (link.state == State::kProbing) {
-    if (now_ns_ < link.give_up_ns) return;
+    if (now_ns_ < link.give_up_ns) {
+      // The Domain may not have been ready for the first.
+      if (now_ns_ < link.retry_ns || !Revives(link)) return;
+      link.retry_ns = now_ns_ + kRetryNs;
+      frame.type = LinkFrame::Type::kProbe;
+      return PostFrame(peer, link, frame);
+    }
     FailLink(peer, link,
              Status(StatusCode::kDeadlineExceeded, "its probe got lost"));
   } else if (link.state == State::kFencing) {
@@ -456,11 +421,12 @@ void DomainGroup::AttendLink(const GroupPeerPtr& peer, Link& link) {
     }
     SendFrame(peer, frame, &link);
   } else if (link.state == State::kDown && now_ns_ >= link.retry_ns &&
-             domains_[link.domain]->address().bytes < link.address.bytes) {
+             Revives(link)) {
     link.backoff_ns =
         std::clamp(2 * link.backoff_ns, kBackoffMinNs, kBackoffMaxNs);
     link.retry_ns = now_ns_ + link.backoff_ns;
     frame.type = LinkFrame::Type::kRevive;
+    frame.address = domains_[link.domain]->address().bytes;
     SendFrame(peer, frame, &link);
   }
 }

@@ -124,16 +124,24 @@ DomainGroup::Outcome DomainGroup::PostChunk(const GroupPeerPtr& peer,
                                             const UncertainWrite& write) {
   Transfer& transfer = *write.transfer;
   const Chunk& chunk = transfer.chunks[write.chunk];
+  const Piece& piece = transfer.pieces[chunk.first];
   LocalSpan source;
-  if (chunk.piece.length > 0) {
-    source = {transfer.local.base + chunk.piece.local_offset,
-              transfer.local.keys[link.domain]};
+  if (chunk.bytes > 0) {
+    source = {transfer.local.base, transfer.local.keys[link.domain]};
   }
-  const auto posted = domains_[link.domain]->PostWriteImm(
-      link.id, source,
-      {transfer.remote.keys[link.remote_domain], transfer.remote.base,
-       chunk.piece.remote_offset},
-      chunk.piece.length, chunk.immediate, next_cookie_);
+  RemoteSpan target = {transfer.remote.keys[link.remote_domain],
+                       transfer.remote.base, 0};
+  Domain& domain = *domains_[link.domain];
+  StatusOr<Posted> posted = Posted::kAgain;
+  if (chunk.count == 1) {
+    if (chunk.bytes > 0) source.data += piece.local_offset;
+    target.offset = piece.remote_offset;
+    posted = domain.PostWriteImm(link.id, source, target, chunk.bytes,
+                                 chunk.immediate, next_cookie_);
+  } else {
+    posted = domain.PostPieces(link.id, source, target, {&piece, chunk.count},
+                               chunk.immediate, next_cookie_);
+  }
   if (!posted.ok()) {
     if (peer->fences && !IsOfThePost(posted.status())) {
       FailLink(peer, link, posted.status());
@@ -149,7 +157,14 @@ DomainGroup::Outcome DomainGroup::PostChunk(const GroupPeerPtr& peer,
   open_[next_cookie_++] = {.kind = OpenPost::Kind::kWrite,
                            .peer = peer,
                            .link = link.number,
-                           .write = write};
+                           .write = write,
+                           .span = trace_.Begin([&] {
+                             return TraceEvent{.name = "write",
+                                               .parent = transfer.span,
+                                               .peer = transfer.peer,
+                                               .nic = link.domain,
+                                               .bytes = chunk.bytes};
+                           })};
   if (peer->links.size() > 1) {
     if (link.open_writes == 0) {
       now_ns_ = clock_ns_();
@@ -162,10 +177,10 @@ DomainGroup::Outcome DomainGroup::PostChunk(const GroupPeerPtr& peer,
   }
   ++link.open_writes;
   CountBorrowed(link);
-  link.open_bytes += chunk.piece.length;
+  link.open_bytes += chunk.bytes;
   ++queues_[link.domain].posts;
   ++stats_[link.domain].open_writes;
-  peer->waiting_bytes -= chunk.piece.length;
+  peer->waiting_bytes -= chunk.bytes;
   return Outcome::kPosted;
 }
 
@@ -184,7 +199,7 @@ bool DomainGroup::PostNext(const GroupPeerPtr& peer) {
     if (queue->empty()) return false;
     write = {queue->front(), queue->front()->next};
   }
-  const uint64_t bytes = write.transfer->chunks[write.chunk].piece.length;
+  const uint64_t bytes = write.transfer->chunks[write.chunk].bytes;
   Outcome outcome = Outcome::kRefused;
   while (outcome == Outcome::kRefused) {
     Link* const link = ChooseLink(*peer, bytes);
@@ -268,9 +283,8 @@ bool DomainGroup::PumpMessages(const GroupPeerPtr& peer) {
                              .peer = peer,
                              .link = link->number,
                              .message = std::move(message)};
-    ++queues_[link->domain].posts;
     ++open_messages_;
-    ++link->open_messages;
+    NoteMessage(*link);
   }
   return moved;
 }
@@ -286,6 +300,14 @@ void DomainGroup::PostFrame(const GroupPeerPtr& peer, Link& link,
   if (*posted == Posted::kAgain) return;
   open_[next_cookie_++] = {
       .kind = OpenPost::Kind::kFrame, .peer = peer, .link = link.number};
+  NoteMessage(link);
+}
+
+// A message was posted on it.
+void DomainGroup::NoteMessage(Link& link) {
+  if (link.open_writes + link.open_messages == 0) {
+    link.progress_ns = clock_ns_();
+  }
   ++queues_[link.domain].posts;
   ++link.open_messages;
 }
@@ -300,6 +322,7 @@ void DomainGroup::Retire(const std::shared_ptr<Transfer>& transfer) {
   // The source may be reused only once the last open write is over, also when
   // the first has failed.
   if (!transfer->over() || transfers_.erase(transfer->handle) == 0) return;
+  trace_.End(transfer->span, transfer->status.code());
   ended_.emplace_back(std::move(transfer->done), transfer->status);
 }
 
@@ -307,16 +330,19 @@ void DomainGroup::FailTransfer(GroupPeer* peer,
                                const std::shared_ptr<Transfer>& transfer,
                                const Status& status) {
   if (transfer->status.ok()) transfer->status = status;
+  if (on_spoilt_ && transfer->id && transfer->next > 0) {
+    on_spoilt_(transfer->peer, *transfer->id);
+  }
   if (peer != nullptr) {
     for (size_t i = transfer->next; i < transfer->chunks.size(); ++i) {
-      peer->waiting_bytes -= transfer->chunks[i].piece.length;
+      peer->waiting_bytes -= transfer->chunks[i].bytes;
     }
     if (transfer->next < transfer->chunks.size()) {
       std::erase(peer->QueueOf(*transfer), transfer);
     }
     std::erase_if(peer->again, [&](const UncertainWrite& write) {
       if (write.transfer != transfer) return false;
-      peer->waiting_bytes -= transfer->chunks[write.chunk].piece.length;
+      peer->waiting_bytes -= transfer->chunks[write.chunk].bytes;
       --transfer->open;
       return true;
     });
@@ -369,6 +395,12 @@ void DomainGroup::EndPeer(GroupPeer& peer, const Status& status) {
 
 void DomainGroup::LosePeer(GroupPeer& peer, const Status& status) {
   if (peer.over) return;
+  trace_.Mark([&] {
+    return TraceEvent{.name = "peer lost",
+                      .label = status.message(),
+                      .peer = peer.name,
+                      .status = status.code()};
+  });
   EndPeer(peer, status);
   news_.push_back({Event::Kind::kPeerLost, peer.name, 0, "", status});
 }

@@ -15,6 +15,7 @@ struct DomainStats {
   uint64_t errors = 0;             // posts that ended badly
   uint64_t strangers_dropped = 0;  // immediates of Domains that nobody added
   uint64_t malformed_dropped = 0;  // messages that no group sends
+  uint64_t refused_frames = 0;     // dropped: of another version, or secret
   uint64_t writes_again = 0;       // that were on this Domain's failed links
   uint64_t links_failed = 0;
   uint64_t links_revived = 0;

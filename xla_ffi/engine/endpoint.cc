@@ -200,6 +200,12 @@ void Endpoint::Send(Outgoing outgoing) {
 
 void Endpoint::PackAndPost(const Outgoing& outgoing, Outbox::Place place) {
   const uint32_t name = outgoing.destination;
+  const TraceScope tracing(group_.trace(), [&] {
+    return TraceEvent{.name = "pack",
+                      .label = outgoing.label,
+                      .peer = name,
+                      .bytes = outgoing.bytes};
+  });
   const HeapLayout& heap = options_.heap;
   const uint64_t remote_descriptor = heap.Descriptor(options_.rank, place.slot);
   const uint64_t remote_data = heap.Data(options_.rank) + place.offset;

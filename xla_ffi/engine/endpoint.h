@@ -28,6 +28,7 @@
 #include "engine/outbox.h"
 #include "engine/rank_address.h"
 #include "engine/span_allocator.h"
+#include "engine/trace.h"
 
 namespace jaxfabric {
 
@@ -102,6 +103,7 @@ class Endpoint {
            OperationPtr operation);
 
   ImmCounterTable& window_counters() { return window_counters_; }
+  Trace& trace() { return group_.trace(); }
 
   // Moves everything forward; true if anything happened.
   bool Progress();

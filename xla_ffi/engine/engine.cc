@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/thread_cores.h"
+
 namespace jaxfabric {
 namespace {
 
@@ -261,6 +263,7 @@ int64_t Engine::SleepNs() const {
 
 void Engine::Work() {
   pthread_setname_np(pthread_self(), "jaxfabric-work");
+  KeepThisThreadOn(options_.worker_cores);
   Doorbell& doorbell = transport_->doorbell();
   int64_t last_moved_ns = MonotonicNanoseconds();
   int64_t last_check_ns = last_moved_ns;

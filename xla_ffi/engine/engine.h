@@ -36,6 +36,8 @@ struct EngineOptions {
   // How long the worker looks again before it sleeps. More than a few
   // microseconds hurts where ranks outnumber cores.
   int64_t spin_ns = 5'000;
+  // Where the worker runs; none: anywhere. See KeepThisThreadOn.
+  std::vector<uint32_t> worker_cores;
 };
 
 class Engine {

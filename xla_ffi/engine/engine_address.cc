@@ -46,15 +46,8 @@ StatusOr<EngineAddress> EngineAddress::Decode(std::string_view bytes) {
                          "it (" +
                              std::to_string(bytes.size()) + " bytes)");
   ByteReader reader(bytes);
-  if (reader.Number<uint32_t>() != kMagic) return malformed;
-  const uint32_t version = reader.Number<uint32_t>();
-  if (reader.ok() && version != kVersion) {
-    return Status(StatusCode::kFailedPrecondition,
-                  "the address is of version " + std::to_string(version) +
-                      " of the engine's protocol, this engine speaks version " +
-                      std::to_string(kVersion) +
-                      "; install the same jaxfabric on both sides");
-  }
+  JF_RETURN_IF_ERROR(
+      ReadHeader(reader, kMagic, kVersion, "the address is", malformed));
   EngineAddress address;
   for (uint64_t& word : address.id.words) word = reader.Number<uint64_t>();
   address.job = reader.Text(kNameBytesMax);

@@ -20,12 +20,6 @@
 
 namespace jaxfabric {
 
-struct GroupMessage {
-  std::string bytes;
-  std::function<void(Status)> done;
-  uint64_t number = 0;  // 0 until it is posted
-};
-
 struct GroupPeer {
   // Writes of unknown fate that are made again under a number of their own;
   // the peer counts what they stand for once all are there.
@@ -75,6 +69,17 @@ struct GroupPeer {
 };
 
 using GroupPeerPtr = std::shared_ptr<GroupPeer>;
+
+// What a cookie stands for.
+struct OpenPost {
+  enum class Kind { kWrite, kMessage, kFrame };
+  Kind kind;
+  GroupPeerPtr peer;
+  uint8_t link = 0;
+  UncertainWrite write;
+  GroupMessage message;
+  uint64_t span = 0;  // of a write, in the trace
+};
 
 }  // namespace jaxfabric
 

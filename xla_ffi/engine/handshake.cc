@@ -109,14 +109,4 @@ StatusOr<Welcome> Welcome::Verify(std::string_view bytes,
   return welcome;
 }
 
-bool NonceMemory::Add(const RandomId& nonce) {
-  if (!nonces_.insert(nonce).second) return false;
-  order_.push_back(nonce);
-  if (order_.size() > kNoncesMax) {
-    nonces_.erase(order_.front());
-    order_.pop_front();
-  }
-  return true;
-}
-
 }  // namespace jaxfabric

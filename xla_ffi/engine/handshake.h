@@ -15,14 +15,14 @@
 #define JAXFABRIC_ENGINE_HANDSHAKE_H_
 
 #include <cstddef>
-#include <deque>
 #include <string>
 #include <string_view>
-#include <unordered_set>
+#include <variant>
 
 #include "base/status.h"
 #include "engine/engine_address.h"
 #include "engine/random_id.h"
+#include "engine/recent_map.h"
 
 namespace jaxfabric {
 
@@ -49,20 +49,11 @@ struct Welcome {
                                   std::string_view token);
 };
 
-// The nonces of the Hellos that were accepted.
-class NonceMemory {
- public:
-  // So many handshakes later, one could be replayed again: into an engine of
-  // the same incarnation, and with no effect but a peer that is never heard.
-  static constexpr size_t kNoncesMax = 1u << 16;
-
-  // False if it was there already.
-  bool Add(const RandomId& nonce);
-
- private:
-  std::unordered_set<RandomId> nonces_;
-  std::deque<RandomId> order_;
-};
+// Nonces of accepted Hellos that are remembered. So many handshakes later, one
+// could be replayed again: into an engine of the same incarnation, and with no
+// effect but a peer that is never heard.
+inline constexpr size_t kNoncesMax = 1u << 16;
+using NonceMemory = RecentMap<RandomId, std::monostate>;
 
 }  // namespace jaxfabric
 

@@ -1,5 +1,6 @@
 #include "engine/imm_counter.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -83,6 +84,23 @@ std::vector<std::function<void()>> ImmCounterTable::TakeExpectations() {
   }
   id_by_handle_.clear();
   return taken;
+}
+
+void ImmCounterTable::Drop(uint32_t id, uint64_t units) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = counters_.find(id);
+  if (found == counters_.end()) return;
+  Counter& counter = found->second;
+  counter.units -= std::min(units, counter.units);
+  if (counter.units == 0 && counter.expectations.empty()) {
+    counters_.erase(found);
+  }
+}
+
+bool ImmCounterTable::HasPart(uint32_t id) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = counters_.find(id);
+  return found != counters_.end() && found->second.units % kTransferUnits != 0;
 }
 
 uint64_t ImmCounterTable::Transfers(uint32_t id) const {

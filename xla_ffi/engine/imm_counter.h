@@ -45,6 +45,11 @@ class ImmCounterTable {
   // its locks.
   std::vector<std::function<void()>> TakeExpectations();
 
+  // Takes back up to `units` that will never become a transfer.
+  void Drop(uint32_t id, uint64_t units);
+  // Whether a part of a transfer has arrived under `id`.
+  bool HasPart(uint32_t id) const;
+
   // Whole transfers that have arrived under `id` and were not consumed.
   uint64_t Transfers(uint32_t id) const;
 

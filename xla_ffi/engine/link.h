@@ -5,6 +5,8 @@
 
 #include <bitset>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -53,6 +55,12 @@ class UnitLedger {
   bool overflowed_ = false;
 };
 
+struct GroupMessage {
+  std::string bytes;
+  std::function<void(Status)> done;
+  uint64_t number = 0;  // 0 until it is posted
+};
+
 // A write of which this end does not know whether it arrived.
 struct UncertainWrite {
   std::shared_ptr<Transfer> transfer;
@@ -60,6 +68,10 @@ struct UncertainWrite {
 };
 
 struct Link {
+  // A message that its NIC called delivered is kept for so long: what the peer
+  // has not read goes with its endpoint, and cannot be more than a NIC holds.
+  static constexpr size_t kDeliveredMax = 512;
+
   enum class State {
     kUp,
     kFencing,  // removed here; what is on it is being found out
@@ -83,6 +95,9 @@ struct Link {
   uint64_t refused_in = 0;  // the round of posting in which it had no room
   RateMeter rate;
 
+  std::deque<GroupMessage> delivered;  // the last of them
+  uint64_t messages_sent = 0;          // of them, in this epoch
+  uint64_t messages_received = 0;
   UnitLedger sent;
   UnitLedger received;
 
@@ -99,6 +114,7 @@ struct Link {
   int64_t backoff_ns = 0;
 
   bool up() const { return state == State::kUp; }
+  bool idle() const { return open_writes == 0 && open_messages == 0; }
 };
 
 // Whether a post failed for what it is, as a write out of bounds does; then its

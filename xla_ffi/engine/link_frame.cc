@@ -8,7 +8,7 @@ namespace jaxfabric {
 namespace {
 
 // offset 0 type u8, 1 link u8, 2 count u16, 4 epoch u32, 8 number u64,
-// 16 counts (key u32, units u32) or the message
+// 16 counts (key u32, units u32) or the message; then the address
 struct Header {
   uint8_t type;
   uint8_t link;
@@ -30,7 +30,7 @@ std::string LinkFrame::Encode() const {
   if (counts_bytes > 0) {
     std::memcpy(bytes.data() + sizeof header, counts.data(), counts_bytes);
   }
-  return bytes;
+  return bytes + address;
 }
 
 std::optional<LinkFrame> LinkFrame::Decode(std::string_view bytes) {
@@ -47,8 +47,13 @@ std::optional<LinkFrame> LinkFrame::Decode(std::string_view bytes) {
     return header.count == 0 ? std::optional(frame) : std::nullopt;
   }
   const size_t counts_bytes = header.count * sizeof(LinkCount);
+  const size_t address_bytes_max =
+      frame.type == Type::kRevive || frame.type == Type::kRevived
+          ? kAddressBytesMax
+          : 0;
   if (header.count > kCountsMax ||
-      bytes.size() != sizeof header + counts_bytes) {
+      bytes.size() < sizeof header + counts_bytes ||
+      bytes.size() - sizeof header - counts_bytes > address_bytes_max) {
     return std::nullopt;
   }
   frame.counts.resize(header.count);
@@ -56,6 +61,7 @@ std::optional<LinkFrame> LinkFrame::Decode(std::string_view bytes) {
     std::memcpy(frame.counts.data(), bytes.data() + sizeof header,
                 counts_bytes);
   }
+  frame.address = bytes.substr(sizeof header + counts_bytes);
   return frame;
 }
 

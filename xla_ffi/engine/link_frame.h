@@ -29,9 +29,10 @@ struct LinkFrame {
   enum class Type : uint8_t {
     kMessage = 0,   // number: counts the messages; the user's bytes follow
     kFence = 1,     // link, epoch; counts: keys of writes of unknown fate
-    kFenced = 2,    // link, epoch; counts: what arrived over the link for them
-    kRevive = 3,    // link, epoch: expect me on this link
-    kRevived = 4,   // link, epoch: you may come
+    kFenced = 2,    // link, epoch; counts: what arrived over the link for them;
+                    // number: twice the messages that did, + 1 if counts fail
+    kRevive = 3,    // link, epoch, address: expect me on this link
+    kRevived = 4,   // link, epoch, address: you may come
     kProbe = 5,     // link, epoch; over the link itself
     kProbed = 6,    // link, epoch; over the link itself
     kRepair = 7,    // number; epoch: how many writes it has; counts: what
@@ -45,9 +46,11 @@ struct LinkFrame {
   uint32_t epoch = 0;
   uint64_t number = 0;
   std::vector<LinkCount> counts;
+  std::string address;  // of the sender's Domain, as it is now
 
   static constexpr size_t kHeaderBytes = 16;
   static constexpr size_t kCountsMax = 128;
+  static constexpr size_t kAddressBytesMax = 1024;
 
   std::string Encode() const;
   // None if malformed. The bytes of a kMessage follow its header.

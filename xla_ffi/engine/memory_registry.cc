@@ -32,7 +32,8 @@ Status CheckLength(uint64_t length) {
 }  // namespace
 
 StatusOr<RegionId> MemoryRegistry::Register(DomainGroup& group, std::byte* base,
-                                            uint64_t length) {
+                                            uint64_t length,
+                                            std::shared_ptr<const void> owner) {
   JF_RETURN_IF_ERROR(CheckLength(length));
   if (base == nullptr || !IsMapped(base, length)) {
     return Status(StatusCode::kInvalidArgument,
@@ -43,6 +44,7 @@ StatusOr<RegionId> MemoryRegistry::Register(DomainGroup& group, std::byte* base,
   Region region;
   region.local.base = base;
   region.local.length = length;
+  region.owner = std::move(owner);
   region.target = !group.caps().direct_store;
   if (region.target) {
     JF_ASSIGN_OR_RETURN(region.local.keys,
@@ -81,10 +83,9 @@ StatusOr<MemoryRegistry::Region*> MemoryRegistry::Find(RegionId id) {
   return &found->second;
 }
 
-StatusOr<bool> MemoryRegistry::BeginRemoval(RegionId id) {
-  JF_ASSIGN_OR_RETURN(Region* const region, Find(id));
-  region->closing = true;
-  return region->users == 0;
+void MemoryRegistry::BeginRemoval(RegionId id) {
+  const auto found = regions_.find(id);
+  if (found != regions_.end()) found->second.closing = true;
 }
 
 void MemoryRegistry::AbandonRemoval(RegionId id) {
@@ -98,14 +99,16 @@ bool MemoryRegistry::Release(RegionId id) {
   return --found->second.users == 0 && found->second.closing;
 }
 
-Status MemoryRegistry::Remove(DomainGroup& group, RegionId id) {
+StatusOr<std::shared_ptr<const void>> MemoryRegistry::Remove(DomainGroup& group,
+                                                             RegionId id) {
   const auto found = regions_.find(id);
   JF_CHECK(found != regions_.end() && found->second.users == 0);
   if (!found->second.local.keys.empty()) {
     JF_RETURN_IF_ERROR(group.UnregisterMemory(found->second.local.keys));
   }
+  std::shared_ptr<const void> owner = std::move(found->second.owner);
   regions_.erase(found);
-  return OkStatus();
+  return owner;
 }
 
 uint32_t MemoryRegistry::Users(RegionId id) const {

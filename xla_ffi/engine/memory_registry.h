@@ -24,28 +24,32 @@ class MemoryRegistry {
     LocalRegion local;
     bool target = false;                   // peers may write into it
     std::shared_ptr<SharedMemory> memory;  // null for foreign memory
+    std::shared_ptr<const void> owner;     // of foreign memory: keeps it
+    bool described = false;                // so peers may know of it
     uint32_t users = 0;
     bool closing = false;
   };
 
-  // Memory of the caller, which stays until it is unregistered. Over a
-  // transport that maps peers' memory it can only be a source.
+  // Memory of the caller, which stays until it is unregistered, or is kept by
+  // `owner`. Over a transport that maps peers' memory it can only be a source.
   StatusOr<RegionId> Register(DomainGroup& group, std::byte* base,
-                              uint64_t length);
+                              uint64_t length,
+                              std::shared_ptr<const void> owner);
   // New memory, zero-filled.
   StatusOr<RegionId> Allocate(DomainGroup& group, uint64_t length);
 
   // kNotFound for one that is unregistered, or about to be.
   StatusOr<Region*> Find(RegionId id);
 
-  // Keeps new users away; true if there are none already.
-  StatusOr<bool> BeginRemoval(RegionId id);
+  // Keeps new users away.
+  void BeginRemoval(RegionId id);
   // It could not be removed in time, and is as before.
   void AbandonRemoval(RegionId id);
   // True if the last user of a region that is to be removed has gone.
   bool Release(RegionId id);
-  // Needs BeginRemoval before, and no users.
-  Status Remove(DomainGroup& group, RegionId id);
+  // Needs BeginRemoval before, and no users. Returns the owner, to be let go
+  // outside of locks: it may be anything.
+  StatusOr<std::shared_ptr<const void>> Remove(DomainGroup& group, RegionId id);
   // For error texts; 0 if there is no such region.
   uint32_t Users(RegionId id) const;
 

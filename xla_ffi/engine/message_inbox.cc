@@ -9,15 +9,22 @@ namespace jaxfabric {
 
 bool MessageInbox::Push(TransferMessage message) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_ || messages_.size() >= kMessagesMax ||
-      bytes_ + message.text.size() > kBytesMax) {
-    return false;
+  if (closed_) return false;
+  const bool fits = messages_.size() < kMessagesMax &&
+                    bytes_ + message.text.size() <= kBytesMax;
+  if (fits) {
+    for (const auto& [peer, count] : std::exchange(dropped_, {})) {
+      messages_.push_back({.peer = peer, .text = "", .dropped = count});
+    }
+    bytes_ += message.text.size();
+    messages_.push_back(std::move(message));
+  } else {
+    ++dropped_[message.peer];
   }
-  bytes_ += message.text.size();
-  messages_.push_back(std::move(message));
   changed_.notify_one();
+  WakeLocked();
   StartLocked();
-  return true;
+  return fits;
 }
 
 void MessageInbox::SetCallback(Callback callback) {
@@ -28,7 +35,7 @@ void MessageInbox::SetCallback(Callback callback) {
 }
 
 void MessageInbox::StartLocked() {
-  if (delivering_ || !callback_ || messages_.empty()) return;
+  if (delivering_ || !callback_ || EmptyLocked()) return;
   delivering_ = true;
   ElasticPool::Get().Post([self = shared_from_this()] { self->Deliver(); });
 }
@@ -36,33 +43,56 @@ void MessageInbox::StartLocked() {
 void MessageInbox::Deliver() {
   for (;;) {
     Callback callback;
-    TransferMessage message;
+    std::optional<TransferMessage> message;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (!callback_ || messages_.empty()) {
+      if (callback_) message = TakeLocked();
+      if (!message) {
         delivering_ = false;
         return;
       }
       callback = callback_;
-      message = std::move(messages_.front());
-      messages_.pop_front();
-      bytes_ -= message.text.size();
     }
-    callback(std::move(message));
+    callback(*std::move(message));
   }
+}
+
+std::optional<TransferMessage> MessageInbox::TakeLocked() {
+  TransferMessage message;
+  if (!messages_.empty()) {
+    message = std::move(messages_.front());
+    messages_.pop_front();
+    bytes_ -= message.text.size();
+  } else if (!dropped_.empty()) {
+    message.peer = dropped_.begin()->first;
+    message.dropped = dropped_.begin()->second;
+    dropped_.erase(dropped_.begin());
+  } else {
+    return std::nullopt;
+  }
+  return message;
 }
 
 std::optional<TransferMessage> MessageInbox::Take(Deadline deadline) {
   const std::chrono::steady_clock::time_point until{
       std::chrono::nanoseconds(deadline.nanoseconds())};
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait_until(lock, until,
-                      [&] { return closed_ || !messages_.empty(); });
-  if (messages_.empty()) return std::nullopt;
-  TransferMessage message = std::move(messages_.front());
-  messages_.pop_front();
-  bytes_ -= message.text.size();
-  return message;
+  changed_.wait_until(lock, until, [&] { return closed_ || !EmptyLocked(); });
+  return TakeLocked();
+}
+
+void MessageInbox::OnReady(std::function<void()> callback) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  // Those who gave up cannot say so; the others ask again.
+  if (waiting_.size() >= kWaitingMax) WakeLocked();
+  waiting_.push_back(std::move(callback));
+  if (closed_ || !EmptyLocked()) WakeLocked();
+}
+
+void MessageInbox::WakeLocked() {
+  for (std::function<void()>& callback : std::exchange(waiting_, {})) {
+    ElasticPool::Get().Post(std::move(callback));
+  }
 }
 
 bool MessageInbox::closed() const {
@@ -76,6 +106,7 @@ void MessageInbox::Close() {
   dropped.swap(callback_);
   closed_ = true;
   changed_.notify_all();
+  WakeLocked();
 }
 
 }  // namespace jaxfabric

@@ -7,6 +7,7 @@
 #include <sys/random.h>
 
 #include <array>
+#include <compare>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
@@ -26,7 +27,7 @@ struct RandomId {
     return id;
   }
 
-  bool operator==(const RandomId&) const = default;
+  auto operator<=>(const RandomId&) const = default;
   // Eight digits: enough to tell engines apart in a log.
   std::string Short() const {
     char text[9];

@@ -17,6 +17,7 @@ std::string RegionAddress::Encode() const {
   writer.Number(kMagic);
   writer.Number(kVersion);
   for (const uint64_t word : owner.words) writer.Number(word);
+  writer.Number(id);
   writer.Number(memory.base);
   writer.Number(memory.length);
   writer.Number(static_cast<uint32_t>(memory.keys.size()));
@@ -29,17 +30,11 @@ StatusOr<RegionAddress> RegionAddress::Decode(std::string_view bytes) {
                          "not the description of a region, or not all of it (" +
                              std::to_string(bytes.size()) + " bytes)");
   ByteReader reader(bytes);
-  if (reader.Number<uint32_t>() != kMagic) return malformed;
-  const uint32_t version = reader.Number<uint32_t>();
-  if (reader.ok() && version != kVersion) {
-    return Status(StatusCode::kFailedPrecondition,
-                  "the region is described in version " +
-                      std::to_string(version) + ", this engine reads version " +
-                      std::to_string(kVersion) +
-                      "; install the same jaxfabric on both sides");
-  }
+  JF_RETURN_IF_ERROR(
+      ReadHeader(reader, kMagic, kVersion, "the description is", malformed));
   RegionAddress region;
   for (uint64_t& word : region.owner.words) word = reader.Number<uint64_t>();
+  region.id = reader.Number<uint64_t>();
   region.memory.base = reader.Number<uint64_t>();
   region.memory.length = reader.Number<uint64_t>();
   const uint32_t count = reader.Number<uint32_t>();

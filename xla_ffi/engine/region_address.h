@@ -14,7 +14,8 @@
 namespace jaxfabric {
 
 struct RegionAddress {
-  RandomId owner;  // the id of the engine
+  RandomId owner;   // the id of the engine
+  uint64_t id = 0;  // of the region, there; never used again
   MrDesc memory;
 
   std::string Encode() const;

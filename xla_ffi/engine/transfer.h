@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "transport/transport.h"
 
 namespace jaxfabric {
 
@@ -27,19 +28,14 @@ struct LocalRegion {
   std::vector<uint64_t> keys;
 };
 
-// One contiguous part of a transfer.
-struct Piece {
-  uint64_t local_offset = 0;
-  uint64_t remote_offset = 0;
-  uint64_t length = 0;
-};
-
 // Names a transfer while it is under way; never used again, never 0.
 using TransferHandle = uint64_t;
 
-// One write of a transfer.
+// One write of a transfer: `count` of its pieces, from `first` on.
 struct Chunk {
-  Piece piece;
+  uint32_t first = 0;
+  uint32_t count = 0;
+  uint64_t bytes = 0;
   std::optional<uint32_t> immediate;
 };
 
@@ -47,10 +43,12 @@ struct Transfer {
   uint32_t peer = 0;
   LocalRegion local;
   MrDesc remote;
+  std::vector<Piece> pieces;  // each lies in one chunk
   std::vector<Chunk> chunks;
   std::optional<uint32_t> id;
   std::function<void(Status)> done;
   TransferHandle handle = 0;
+  uint64_t span = 0;  // in the trace
   bool small = false;
   uint32_t next = 0;     // first chunk that was never posted
   uint32_t open = 0;     // posted, or to be posted again, and not over
@@ -69,14 +67,14 @@ inline constexpr uint64_t kSplitBytes = uint64_t{1} << 17;
 // Chunks are not longer: others' turns come, and a dead link held little.
 inline constexpr uint64_t kChunkBytes = uint64_t{1} << 20;
 
-// Cuts `pieces` for `links` links. Chunks shrink towards the end, so that a
-// slow link that took one of the last is not what all wait for. There is at
-// least one, so that a transfer of no bytes is counted too. Fails where there
-// are more than can be counted as one transfer.
-StatusOr<std::vector<Chunk>> CutIntoChunks(const std::vector<Piece>& pieces,
-                                           size_t links,
-                                           uint64_t write_bytes_max,
-                                           std::optional<uint32_t> id);
+// Cuts `pieces` for `links` links, and puts up to `pieces_max` of those that
+// are small into one chunk. Chunks shrink towards the end, so that a slow link
+// that took one of the last is not what all wait for. There is at least one, so
+// that a transfer of no bytes is counted too. Fails where there are more than
+// can be counted as one transfer.
+Status CutIntoChunks(const std::vector<Piece>& pieces, size_t links,
+                     uint64_t write_bytes_max, uint32_t pieces_max,
+                     Transfer* transfer);
 
 }  // namespace jaxfabric
 

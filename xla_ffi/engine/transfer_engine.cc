@@ -3,11 +3,15 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <iterator>
 #include <utility>
 
 #include "base/check.h"
+#include "base/thread_cores.h"
 #include "engine/immediate.h"
+#include "engine/submission_trace.h"
 
 namespace jaxfabric {
 namespace {
@@ -24,11 +28,29 @@ constexpr int64_t kHelpNs = 50'000;
 constexpr int64_t kTakeBackNs = 2'000'000'000;
 // So long, peers may take to accept a farewell.
 constexpr double kFarewellS = 0.5;
+// More of them make an error no clearer.
+constexpr size_t kNamesMax = 3;
 
 std::string Seconds(double seconds) {
   char text[32];
   std::snprintf(text, sizeof text, seconds < 10 ? "%.2g s" : "%.0f s", seconds);
   return text;
+}
+
+// For who waits in vain: perhaps somebody answers whom we do not understand.
+std::string RefusedFrames(const TransferEngineStats& stats,
+                          const std::vector<DomainStats>& nics) {
+  uint64_t refused = stats.refused_seal + stats.refused_version;
+  for (const DomainStats& nic : nics) refused += nic.refused_frames;
+  if (refused == 0) return "";
+  return "; " + std::to_string(refused) +
+         " messages of another version or token were dropped so far: do both "
+         "sides have the same jaxfabric and the same token=?";
+}
+
+Status ClosedStatus() {
+  return Status(StatusCode::kFailedPrecondition,
+                "the TransferEngine was closed");
 }
 
 }  // namespace
@@ -52,6 +74,13 @@ StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Open(
                     "a TransferEngine's job and name have up to 128 bytes");
     }
   }
+  if (!std::isfinite(options.heartbeat_s) || options.heartbeat_s <= 0 ||
+      !std::isfinite(options.peer_timeout_s) ||
+      options.peer_timeout_s <= options.heartbeat_s) {
+    return Status(StatusCode::kInvalidArgument,
+                  "a TransferEngine's heartbeat_s and peer_timeout_s are "
+                  "finite and above 0, and the second is the longer one");
+  }
   std::unique_ptr<TransferEngine> engine(
       new TransferEngine(std::move(options), std::move(transport)));
   std::vector<std::unique_ptr<Domain>> domains;
@@ -69,26 +98,35 @@ StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Open(
                    .job = engine->options_.job,
                    .name = engine->options_.name,
                    .domains = engine->group_->addresses()};
-  engine->address_ = engine->self_.Encode(engine->options_.token);
+  engine->group_->set_on_spoilt(
+      [engine = engine.get()](uint32_t peer, uint32_t id) {
+        engine->spoilt_.Note(peer, id);
+      });
   engine->last_housekeeping_ns_ = MonotonicNanoseconds();
   engine->worker_ = std::thread([engine = engine.get()] { engine->Work(); });
   return engine;
 }
 
-TransferEngine::~TransferEngine() {
-  const Status closed(StatusCode::kFailedPrecondition,
-                      "the TransferEngine was closed");
-  if (worker_.joinable()) {
-    std::vector<std::shared_ptr<Watcher>> watchers;
-    std::unique_lock<std::mutex> lock(mutex_);
+void TransferEngine::BeginClose() {
+  std::vector<std::shared_ptr<Watcher>> watchers;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;
     watchers.swap(watchers_);
     for (const auto& [number, submission] : std::map(live_)) {
-      StopLocked(submission, closed);
+      StopLocked(submission, ClosedStatus());
     }
+  }
+  for (const auto& watcher : watchers) FreeWatcher(watcher);
+  inbox_->Close();
+}
+
+TransferEngine::~TransferEngine() {
+  if (worker_.joinable()) {
+    BeginClose();
+    std::unique_lock<std::mutex> lock(mutex_);
     for (auto& [name, peer] : peers_) SayGoodbyeLocked(*peer);
     lock.unlock();
-    for (const auto& watcher : watchers) FreeWatcher(watcher);
     const Deadline farewell = Deadline::AfterSeconds(kFarewellS);
     Doorbell& doorbell = transport_->doorbell();
     for (;;) {
@@ -102,13 +140,21 @@ TransferEngine::~TransferEngine() {
     doorbell.Ring();
     worker_.join();
   }
-  inbox_->Close();
+  const Status closed = ClosedStatus();
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [number, submission] : live_) submission->failure = closed;
   group_.reset();  // no NIC touches anything from here on
   for (const auto& [number, submission] : std::map(live_)) {
     FinishLocked(submission, closed.Annotate(submission->future->label()));
   }
+}
+
+// A Domain's address changes where it had to be opened anew.
+std::string TransferEngine::address() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  EngineAddress address = self_;
+  address.domains = group_->addresses();
+  return address.Encode(options_.token);
 }
 
 // --- Operations ---
@@ -128,6 +174,10 @@ StatusOr<SubmissionPtr> TransferEngine::BeginLocked(SubmissionKind kind,
       deadline.value_or(Deadline::AfterSeconds(options_.timeout_s));
   submission->timeout_s =
       static_cast<double>(submission->deadline.RemainingNanoseconds()) / 1e9;
+  submission->span = group_->trace().Begin([&] {
+    return TraceEvent{.name = "operation",
+                      .label = submission->future->label()};
+  });
   live_[submission->future->number()] = submission;
   ++stats_.operations;
   return submission;
@@ -143,22 +193,16 @@ void TransferEngine::FinishLocked(const SubmissionPtr& submission,
   if (submission->kind == SubmissionKind::kBarrier) {
     std::erase(barriers_, submission);
   }
+  if (group_ != nullptr) {
+    group_->trace().End(submission->span,
+                        [&] { return TraceOf(*submission, status); });
+  }
   future->Finish(status, submission->lost.value_or(peer));
   if (submission->kind == SubmissionKind::kWrites && group_ != nullptr) {
     // Not here: the group may be in the middle of something.
     if (registry_.Release(submission->region)) {
       unused_.push_back(submission->region);
     }
-  }
-}
-
-void TransferEngine::RemoveUnusedLocked() {
-  for (const RegionId region : std::exchange(unused_, {})) {
-    const auto waits = unregistering_.find(region);
-    if (waits == unregistering_.end()) continue;  // it gave up meanwhile
-    const SubmissionPtr unregister = waits->second;
-    unregistering_.erase(waits);
-    FinishLocked(unregister, registry_.Remove(*group_, region));
   }
 }
 
@@ -199,15 +243,30 @@ std::string TransferEngine::DescribeLocked(const Submission& submission) const {
       text += std::to_string(counters_.Transfers(*submission.id)) + " of " +
               std::to_string(submission.transfers) + " transfers have come";
       if (!missing.empty()) text += " from " + missing;
-      for (const auto& [peer, why] : lost_) {
-        text += "; meanwhile or before, " + NameLocked(peer) + " was lost";
+      missing.clear();
+      for (auto lost = lost_.rbegin(); lost != lost_.rend(); ++lost) {
+        const size_t named =
+            static_cast<size_t>(std::distance(lost_.rbegin(), lost));
+        if (named == kNamesMax) {
+          missing += " and " + std::to_string(lost_.size() - named) + " more";
+          break;
+        }
+        list(lost->first);
       }
+      if (!missing.empty()) text += "; lost meanwhile or before: " + missing;
       return text;
     case SubmissionKind::kConnect:
-      return text + "no answer from " + NameLocked(submission.peer);
+      return text + "no answer from " + NameLocked(submission.peer) +
+             RefusedFrames(stats_, group_->stats());
     case SubmissionKind::kUnregister:
-      return text + std::to_string(registry_.Users(submission.region)) +
-             " operations still use the region";
+      for (const uint32_t peer : submission.unanswered) list(peer);
+      text += std::to_string(registry_.Users(submission.region)) +
+              " operations still use the region";
+      if (!missing.empty()) {
+        text += ", and these have not said that they write no more into it: " +
+                missing;
+      }
+      return text + "; the region stays registered";
   }
   return text;
 }
@@ -241,12 +300,7 @@ void TransferEngine::StopLocked(const SubmissionPtr& submission,
       break;
   }
   FinishLocked(submission, why);
-  RunLocked(&ready);
-}
-
-void TransferEngine::RunLocked(std::vector<std::function<void()>>* ready) {
-  for (std::function<void()>& callback : *ready) callback();
-  ready->clear();
+  for (const std::function<void()>& callback : ready) callback();
 }
 
 bool TransferEngine::Cancel(const TransferFuture& future) {
@@ -306,9 +360,13 @@ void TransferEngine::EndExpiredLocked(int64_t now_ns) {
     }
   }
   for (const SubmissionPtr& submission : expired) {
+    // Some of it may have been posted.
+    const char* const unknown = submission->kind == SubmissionKind::kWrites
+                                    ? "; what has not ended may have arrived"
+                                    : "";
     StopLocked(submission,
                Status(StatusCode::kDeadlineExceeded,
-                      DescribeLocked(*submission) +
+                      DescribeLocked(*submission) + unknown +
                           "; a slow step needs a larger time limit"));
   }
   for (const uint32_t peer : stuck) {
@@ -342,14 +400,7 @@ void TransferEngine::HandleLocked(DomainGroup::Event& event) {
   } else if (event.kind == Kind::kPeerLost) {
     if (peer != nullptr) LosePeerLocked(event.peer, event.status);
   } else {
-    const Immediate immediate = Immediate::Decode(event.immediate);
-    const uint64_t units = immediate.Units();
-    if (peer != nullptr) peer->units_received += units;
-    std::vector<std::function<void()>> ready;
-    if (units == 0 || !counters_.Add(immediate.id, units, &ready).ok()) {
-      ++stats_.counts_dropped;
-    }
-    RunLocked(&ready);
+    CountLocked(peer, Immediate::Decode(event.immediate));
   }
 }
 
@@ -369,20 +420,23 @@ bool TransferEngine::ProgressLocked() {
 
 // The worker never sleeps on the mutex: waking it would be work for whoever
 // submits something.
-bool TransferEngine::ProgressUnlessBusy() {
+std::optional<bool> TransferEngine::ProgressUnlessBusy() {
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (lock.owns_lock()) return ProgressLocked();
-  CpuRelax();
-  return true;
+  if (!lock.owns_lock()) return std::nullopt;
+  return ProgressLocked();
 }
 
 void TransferEngine::Help(const TransferFuture& future, Deadline deadline) {
   const Deadline until =
       std::min(deadline, Deadline::AfterNanoseconds(kHelpNs));
+  if (future.done()) return;
+  Doorbell& doorbell = transport_->doorbell();
+  doorbell.Mute();
   while (!future.done() && !until.Expired()) {
     // Where cores are few, what it waits for may need this one.
-    if (!ProgressUnlessBusy()) std::this_thread::yield();
+    if (!ProgressUnlessBusy().value_or(false)) std::this_thread::yield();
   }
+  doorbell.Unmute();
 }
 
 int64_t TransferEngine::SleepNs() {
@@ -394,22 +448,25 @@ int64_t TransferEngine::SleepNs() {
 
 void TransferEngine::Work() {
   pthread_setname_np(pthread_self(), "jaxfabric-xfer");
+  KeepThisThreadOn(options_.worker_cores);
   Doorbell& doorbell = transport_->doorbell();
   int64_t last_moved_ns = MonotonicNanoseconds();
+  uint32_t looked = doorbell.Sequence();
   while (!stop_.load(std::memory_order_acquire)) {
     const uint32_t seen = doorbell.Sequence();
-    const bool moved = ProgressUnlessBusy();
+    const std::optional<bool> moved = ProgressUnlessBusy();
+    if (moved) looked = seen;
     const int64_t now_ns = MonotonicNanoseconds();
     if (now_ns - last_housekeeping_ns_ >= kSleepMaxNs) {
       std::lock_guard<std::mutex> lock(mutex_);
       HousekeepLocked(now_ns);
     }
-    if (moved) {
+    if (moved.value_or(false)) {
       last_moved_ns = now_ns;
     } else if (now_ns - last_moved_ns < options_.spin_ns) {
       CpuRelax();
     } else {
-      doorbell.Wait(seen, Deadline::AfterNanoseconds(SleepNs()));
+      doorbell.Wait(looked, Deadline::AfterNanoseconds(SleepNs()));
     }
   }
 }

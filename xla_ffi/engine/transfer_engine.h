@@ -32,9 +32,11 @@
 #include "engine/engine_address.h"
 #include "engine/handshake.h"
 #include "engine/imm_counter.h"
+#include "engine/immediate.h"
 #include "engine/memory_registry.h"
 #include "engine/message_inbox.h"
 #include "engine/region_address.h"
+#include "engine/spoilt_ids.h"
 #include "engine/transfer_frame.h"
 #include "engine/transfer_future.h"
 #include "engine/transfer_peer.h"
@@ -55,13 +57,14 @@ class TransferEngine {
 
   static StatusOr<std::unique_ptr<TransferEngine>> Open(
       TransferEngineOptions options, std::unique_ptr<Transport> transport);
-  // Ends what is under way with "closed", and takes leave of the peers.
+  // BeginClose, and takes leave of the peers.
   ~TransferEngine();
+  // Ends what is under way, and any call that waits, with "closed".
+  void BeginClose();
 
   const TransferEngineOptions& options() const { return options_; }
   const DomainCaps& caps() const { return caps_; }
-  // What Connect takes elsewhere.
-  const std::string& address() const { return address_; }
+  std::string address() const;
 
   // --- Peers: small numbers, never used again ---
   // The future's peer() is the peer. Either side may connect, or both at once.
@@ -74,10 +77,12 @@ class TransferEngine {
   Status RemovePeerGroup(PeerGroupId group);
 
   // --- Memory, see MemoryRegistry ---
-  StatusOr<RegionId> RegisterMemory(std::byte* base, uint64_t length);
+  StatusOr<RegionId> RegisterMemory(
+      std::byte* base, uint64_t length,
+      std::shared_ptr<const void> owner = nullptr);
   StatusOr<RegionId> AllocateMemory(uint64_t length);
-  // Done once no operation of this engine uses the region; from now on none may
-  // begin. Peers' writes into it are then refused.
+  // Done once nobody uses the region, here or at a peer; none may begin to. If
+  // that takes too long it stays, but peers who were asked leave it alone.
   Submitted UnregisterMemory(RegionId region, MaybeDeadline deadline = {});
   // What peers need to write into it.
   StatusOr<RegionAddress> Describe(RegionId region);
@@ -88,7 +93,6 @@ class TransferEngine {
 
   Submitted SubmitSend(uint32_t peer, const std::string& message,
                        MaybeDeadline deadline = {});
-  // See MessageInbox.
   void SubmitRecvs(MessageInbox::Callback callback);
   MessageInbox& inbox() { return *inbox_; }
 
@@ -115,8 +119,6 @@ class TransferEngine {
   Submitted SubmitBarrier(PeerGroupId group, uint32_t id,
                           MaybeDeadline deadline = {});
 
-  // --- Counts ---
-
   // Done once `transfers` more have come under `id`; it consumes them. Fails
   // early if one of `peers`, from whom they are to come, is lost.
   Submitted ExpectImmCount(uint32_t id, uint64_t transfers,
@@ -124,8 +126,6 @@ class TransferEngine {
                            MaybeDeadline deadline = {});
   // Transfers that have come and were not consumed.
   uint64_t ImmCount(uint32_t id) const { return counters_.Transfers(id); }
-
-  // --- Everything else ---
 
   StatusOr<std::shared_ptr<Watcher>> AllocWatcher(Watcher::Callback callback);
   void FreeWatcher(const std::shared_ptr<Watcher>& watcher);
@@ -139,27 +139,19 @@ class TransferEngine {
   // Waits until all writes and messages submitted so far have ended.
   Status Drain(Deadline deadline);
   TransferEngineStats stats() const;
+  Trace& trace() { return group_->trace(); }
 
  private:
-  // One transfer that is about to be posted.
-  struct Write {
-    const RegionAddress* target;
-    std::vector<Piece> pieces;
-    uint32_t peer = 0;
-    std::byte* mapped = nullptr;  // the target region, where it is mapped here
-  };
-
   TransferEngine(TransferEngineOptions options,
                  std::unique_ptr<Transport> transport);
 
   // The worker.
   void Work();
-  bool ProgressUnlessBusy();
+  // Whether anything happened; nothing if another thread is at it.
+  std::optional<bool> ProgressUnlessBusy();
   int64_t SleepNs();
-
+  // And, for who waits. Functions named ...Locked need mutex_.
   void Progress();
-
-  // Functions named ...Locked need mutex_.
 
   // transfer_engine.cc
   bool ProgressLocked();
@@ -167,30 +159,40 @@ class TransferEngine {
                                       MaybeDeadline deadline);
   void FinishLocked(const SubmissionPtr& submission, const Status& status,
                     uint32_t peer = kUnknownPeer);
-  void RemoveUnusedLocked();
   void StopLocked(const SubmissionPtr& submission, const Status& why);
   void HousekeepLocked(int64_t now_ns);
   void EndExpiredLocked(int64_t now_ns);
   std::string DescribeLocked(const Submission& submission) const;
   void HandleLocked(DomainGroup::Event& event);
-  void RunLocked(std::vector<std::function<void()>>* ready);
 
   // transfer_engine_submit.cc
   Submitted SubmitWrites(std::string label, RegionId source,
-                         std::vector<Write> writes, std::optional<uint32_t> id,
-                         MaybeDeadline deadline);
+                         std::vector<PendingWrite> writes,
+                         std::optional<uint32_t> id, MaybeDeadline deadline);
   Status PrepareLocked(const LocalRegion& source, std::optional<uint32_t> id,
-                       std::vector<Write>* writes);
+                       std::vector<PendingWrite>* writes);
   void PostLocked(const SubmissionPtr& submission, const LocalRegion& local,
-                  const std::vector<Write>& writes);
+                  const std::vector<PendingWrite>& writes);
   void EndPartLocked(const SubmissionPtr& submission, size_t part,
                      const Status& status);
-  bool BarrierMetLocked(const Submission& submission) const;
   void CheckBarriersLocked();
 
+  // transfer_engine_spoilt.cc
+  void CountLocked(TransferPeer* peer, Immediate immediate);
+  void AnnounceLocked(TransferPeer& to, uint32_t id, const PendingWrite& what);
+  void TellSpoiltLocked(const RandomId& receiver, uint32_t peer, uint32_t id);
+  void SpoilLocked(uint32_t id, const std::string& why);
+  void ForgetPartsLocked(const TransferPeer& peer);
+
+  // transfer_engine_withdraw.cc
+  Status HandleWithdrawLocked(TransferPeer& peer, const TransferFrame& frame);
+  void HandleWithdrawnLocked(uint32_t peer, uint64_t number);
+  void AnswerWithdrawalsLocked(TransferPeer& peer);
+  void RemoveUnusedLocked();
+
   // transfer_engine_peers.cc
-  StatusOr<uint32_t> AddPeerLocked(const EngineAddress& address,
-                                   Deadline deadline);
+  StatusOr<uint32_t> AddPeerLocked(const EngineAddress& address);
+  Status JoinLocked(TransferPeer& peer);
   void SendHelloLocked(TransferPeer& peer, int64_t now_ns);
   void HandleFrameLocked(uint32_t peer, std::string_view bytes);
   void HandleStrangerLocked(std::string_view bytes);
@@ -210,7 +212,6 @@ class TransferEngine {
   const TransferEngineOptions options_;
   std::unique_ptr<Transport> transport_;
   EngineAddress self_;
-  std::string address_;
   DomainCaps caps_;
   const std::shared_ptr<MessageInbox> inbox_;
   ImmCounterTable counters_;  // has a lock of its own
@@ -231,12 +232,12 @@ class TransferEngine {
   // Copies into the mapped memory of peers, which must stay mapped meanwhile.
   std::unordered_map<uint32_t, uint32_t> copies_;
   std::unordered_set<uint32_t> to_remove_;  // once their copies have ended
-  NonceMemory nonces_;
+  NonceMemory nonces_{kNoncesMax};
+  SpoiltIds spoilt_;
   std::map<PeerGroupId, std::vector<uint32_t>> groups_;
   PeerGroupId next_group_ = 1;
   std::vector<std::shared_ptr<Watcher>> watchers_;
-  std::shared_ptr<SharedMemory> watcher_words_;
-  size_t watcher_words_used_ = 0;
+  WatcherWords watcher_words_;
   TransferEngineStats stats_;
 
   int64_t last_housekeeping_ns_ = 0;  // the worker's

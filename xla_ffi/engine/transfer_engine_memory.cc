@@ -1,19 +1,11 @@
 // TransferEngine: its memory, its watchers, and what it has counted.
 
-#include <new>
 #include <utility>
 
-#include "base/cache_line.h"
 #include "engine/immediate.h"
 #include "engine/transfer_engine.h"
 
 namespace jaxfabric {
-namespace {
-
-constexpr uint64_t kWatcherWordsBytes = 65536;  // a cache line each
-
-}  // namespace
-
 StatusOr<std::shared_ptr<Watcher>> TransferEngine::AllocWatcher(
     Watcher::Callback callback) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -21,19 +13,10 @@ StatusOr<std::shared_ptr<Watcher>> TransferEngine::AllocWatcher(
     return Status(StatusCode::kFailedPrecondition,
                   "alloc_watcher: the TransferEngine is closed");
   }
-  if (watcher_words_ == nullptr || watcher_words_used_ == kWatcherWordsBytes) {
-    JF_ASSIGN_OR_RETURN(
-        SharedMemory words,
-        SharedMemory::Create("jaxfabric-watchers", kWatcherWordsBytes));
-    watcher_words_ = std::make_shared<SharedMemory>(std::move(words));
-    watcher_words_used_ = 0;
-  }
-  auto* const word =
-      new (watcher_words_->data() + watcher_words_used_) std::atomic<uint64_t>;
-  watcher_words_used_ += kCacheLineBytes;
+  JF_ASSIGN_OR_RETURN(const WatcherWords::Word word, watcher_words_.Take());
   WatcherRegistry& registry = WatcherRegistry::Get();
   auto watcher =
-      std::make_shared<Watcher>(registry.NextId(), watcher_words_, word,
+      std::make_shared<Watcher>(registry.NextId(), word.memory, word.word,
                                 &transport_->doorbell(), std::move(callback));
   registry.Add(watcher);
   watchers_.push_back(watcher);
@@ -49,35 +32,15 @@ void TransferEngine::FreeWatcher(const std::shared_ptr<Watcher>& watcher) {
   watcher->Close();
 }
 
-StatusOr<RegionId> TransferEngine::RegisterMemory(std::byte* base,
-                                                  uint64_t length) {
+StatusOr<RegionId> TransferEngine::RegisterMemory(
+    std::byte* base, uint64_t length, std::shared_ptr<const void> owner) {
   std::lock_guard<std::mutex> lock(mutex_);
-  return registry_.Register(*group_, base, length);
+  return registry_.Register(*group_, base, length, owner);
 }
 
 StatusOr<RegionId> TransferEngine::AllocateMemory(uint64_t length) {
   std::lock_guard<std::mutex> lock(mutex_);
   return registry_.Allocate(*group_, length);
-}
-
-TransferEngine::Submitted TransferEngine::UnregisterMemory(
-    RegionId region, MaybeDeadline deadline) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  JF_ASSIGN_OR_RETURN(const bool unused, registry_.BeginRemoval(region));
-  auto begun =
-      BeginLocked(SubmissionKind::kUnregister, "unregister_memory", deadline);
-  if (!begun.ok()) {
-    registry_.AbandonRemoval(region);
-    return begun.status();
-  }
-  const SubmissionPtr submission = *std::move(begun);
-  submission->region = region;
-  if (unused) {
-    FinishLocked(submission, registry_.Remove(*group_, region));
-  } else {
-    unregistering_[region] = submission;
-  }
-  return submission->future;
 }
 
 StatusOr<RegionAddress> TransferEngine::Describe(RegionId id) {
@@ -89,7 +52,9 @@ StatusOr<RegionAddress> TransferEngine::Describe(RegionId id) {
                       ", peers map the memory that they write into, so it must "
                       "be the engine's own: take it from alloc(), and copy");
   }
+  region->described = true;
   return RegionAddress{self_.id,
+                       id,
                        {reinterpret_cast<uintptr_t>(region->local.base),
                         region->local.length, region->local.keys}};
 }

@@ -12,8 +12,12 @@ namespace {
 
 using Type = TransferFrame::Type;
 
-// AddPeer may let us wait, and everything here waits with it.
-constexpr double kAddPeerS = 2;
+// AddPeer may let us wait, and everything here waits with it; it is tried again
+// where there was not enough time.
+constexpr int64_t kJoinLimitMinNs = 200'000'000;
+constexpr int64_t kJoinLimitMaxNs = 1'000'000'000;
+// So long, one that said hello and could not be added may say it again.
+constexpr int64_t kHelloPatienceNs = 5'000'000'000;
 constexpr int64_t kHelloPauseMinNs = 200'000'000;
 constexpr int64_t kHelloPauseMaxNs = 2'000'000'000;
 // So long, a peer may take to accept a farewell.
@@ -115,7 +119,7 @@ TransferEngine::Submitted TransferEngine::Connect(std::string_view bytes,
     }
     return submission->future;
   }
-  const auto added = AddPeerLocked(address, submission->deadline);
+  const auto added = AddPeerLocked(address);
   if (!added.ok()) {
     const Status failed = added.status().Annotate(submission->future->label());
     FinishLocked(submission, failed);
@@ -126,29 +130,36 @@ TransferEngine::Submitted TransferEngine::Connect(std::string_view bytes,
   return submission->future;
 }
 
-StatusOr<uint32_t> TransferEngine::AddPeerLocked(const EngineAddress& address,
-                                                 Deadline deadline) {
-  const uint32_t name = next_peer_++;
-  const Status added =
-      group_->AddPeer(name, address.domains,
-                      std::min(deadline, Deadline::AfterSeconds(kAddPeerS)));
-  if (!added.ok()) {
-    group_->RemovePeer(name);  // the Domains that were added before it failed
-    return added;
-  }
+StatusOr<uint32_t> TransferEngine::AddPeerLocked(const EngineAddress& address) {
   auto peer = std::make_unique<TransferPeer>();
+  const uint32_t name = next_peer_++;
   peer->name = name;
   peer->address = address;
   peer->last_heard_ns = MonotonicNanoseconds();
+  JF_RETURN_IF_ERROR(JoinLocked(*peer));
   peers_[name] = std::move(peer);
   peer_by_engine_[address.id] = name;
   return name;
+}
+
+// Adds it to the group. What may go better the next time is no error.
+Status TransferEngine::JoinLocked(TransferPeer& peer) {
+  if (peer.added) return OkStatus();
+  peer.join_limit_ns =
+      std::clamp(2 * peer.join_limit_ns, kJoinLimitMinNs, kJoinLimitMaxNs);
+  const Status added =
+      group_->AddPeer(peer.name, peer.address.domains,
+                      Deadline::AfterNanoseconds(peer.join_limit_ns));
+  peer.added = added.ok();
+  return added.code() == StatusCode::kDeadlineExceeded ? OkStatus() : added;
 }
 
 void TransferEngine::SendHelloLocked(TransferPeer& peer, int64_t now_ns) {
   peer.hello_pause_ns =
       std::clamp(2 * peer.hello_pause_ns, kHelloPauseMinNs, kHelloPauseMaxNs);
   peer.next_hello_ns = now_ns + peer.hello_pause_ns;
+  if (!peer.added) return;
+  self_.domains = group_->addresses();
   const Hello hello = {peer.address.id, peer.nonce, self_};
   group_->SubmitSend(peer.name, Bytes({.type = Type::kHello,
                                        .body = hello.Encode(options_.token)}));
@@ -187,7 +198,7 @@ Status TransferEngine::HandleHelloLocked(std::string_view body) {
   if (known != peer_by_engine_.end()) {
     const TransferPeer& peer = *peers_.at(known->second);
     const bool again = peer.their_nonce == hello.nonce;
-    if (!again && !nonces_.Add(hello.nonce)) {
+    if (!again && !nonces_.Add(hello.nonce, {})) {
       return Status(
           StatusCode::kAlreadyExists,
           "a hello of an earlier connection of " + peer.address.Describe());
@@ -198,17 +209,24 @@ Status TransferEngine::HandleHelloLocked(std::string_view body) {
                                            "connected again"));
       known = peer_by_engine_.end();
     }
-  } else if (!nonces_.Add(hello.nonce)) {
+  } else if (!nonces_.Add(hello.nonce, {})) {
     return Status(StatusCode::kAlreadyExists, "a hello of a connection of " +
                                                   hello.sender.Describe() +
                                                   " that is over");
   }
   uint32_t name = 0;
+  Status joined;
   if (known == peer_by_engine_.end()) {
-    JF_ASSIGN_OR_RETURN(
-        name, AddPeerLocked(hello.sender, Deadline::AfterSeconds(kAddPeerS)));
+    const auto added = AddPeerLocked(hello.sender);
+    joined = added.status();
+    if (added.ok()) name = *added;
   } else {
     name = known->second;
+    joined = JoinLocked(*peers_.at(name));
+  }
+  if (!joined.ok() || !peers_.at(name)->added) {
+    nonces_.Forget(hello.nonce);  // nothing came of it: it may come again
+    return joined;
   }
   TransferPeer& peer = *peers_.at(name);
   peer.their_nonce = hello.nonce;
@@ -230,7 +248,7 @@ Status TransferEngine::HandleWelcomeLocked(TransferPeer& peer,
   }
   // Should its own Hello still be on the way, it is no new connection.
   peer.their_nonce = welcome.nonce;
-  (void)nonces_.Add(welcome.nonce);
+  nonces_.Add(welcome.nonce, {});
   ConnectedLocked(peer);
   return OkStatus();
 }
@@ -293,7 +311,23 @@ Status TransferEngine::HandlePeerFrameLocked(TransferPeer& peer,
     theirs = std::max(theirs, frame.b);
     CheckBarriersLocked();
   } else if (frame.type == Type::kPing) {
-    group_->SubmitSend(peer.name, Bytes({.type = Type::kPong}));
+    if (std::exchange(peer.pong_waits, true)) return OkStatus();
+    group_->SubmitSend(peer.name, Bytes({.type = Type::kPong}),
+                       [this, name = peer.name](const Status&) {
+                         const auto found = peers_.find(name);
+                         if (found == peers_.end()) return;
+                         found->second->pong_waits = false;
+                       });
+  } else if (frame.type == Type::kSpoilt) {
+    SpoilLocked(static_cast<uint32_t>(frame.a),
+                NameLocked(peer.name) +
+                    " gave up a transfer when a part of it was sent");
+  } else if (frame.type == Type::kUses) {
+    peer.their_ids.Add(static_cast<uint32_t>(frame.a), {});
+  } else if (frame.type == Type::kWithdraw) {
+    return HandleWithdrawLocked(peer, frame);
+  } else if (frame.type == Type::kWithdrawn) {
+    HandleWithdrawnLocked(peer.name, frame.a);
   } else if (frame.type == Type::kGoodbye) {
     peer.farewell = {.messages = frame.a,
                      .transfers = frame.b,
@@ -326,9 +360,12 @@ void TransferEngine::WatchPeersLocked(int64_t now_ns) {
             return item.second->kind == SubmissionKind::kConnect &&
                    item.second->peer == peer.name;
           });
+      if (!wanted && !peer->added && silent_ns < kHelloPatienceNs) continue;
       if (!wanted) {
         lose(*peer, "it did not answer in time");
       } else if (now_ns >= peer->next_hello_ns) {
+        const Status joined = JoinLocked(*peer);
+        if (!joined.ok()) losses.emplace_back(name, joined);
         SendHelloLocked(*peer, now_ns);
       }
     } else if (silent_ns > Nanoseconds(options_.peer_timeout_s)) {
@@ -349,7 +386,8 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
   const std::string text =
       found->second->address.Describe() + ", which is lost: " + why.message();
   if (found->second->connected) ++stats_.peers_lost;
-  peer_by_engine_.erase(found->second->address.id);
+  const std::unique_ptr<TransferPeer> gone = std::move(found->second);
+  peer_by_engine_.erase(gone->address.id);
   peers_.erase(found);
   lost_[name] = text;
   if (lost_.size() > kLostMax) lost_.erase(lost_.begin());
@@ -384,6 +422,8 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
   } else {
     group_->RemovePeer(name);
   }
+  ForgetPartsLocked(*gone);
+  HandleWithdrawnLocked(name, 0);
 }
 
 void TransferEngine::EndCopyLocked(uint32_t peer) {

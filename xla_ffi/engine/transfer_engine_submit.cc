@@ -57,11 +57,17 @@ StatusOr<std::vector<Piece>> PiecesOfPages(const PageList& source,
       return Status(StatusCode::kOutOfRange,
                     "page " + std::to_string(i) + " lies beyond 2^64");
     }
+    uint64_t local_end = 0;
+    uint64_t remote_end = 0;
+    uint64_t length = 0;
     Piece* const last = pieces.empty() ? nullptr : &pieces.back();
     if (last != nullptr &&
-        last->local_offset + last->length == piece.local_offset &&
-        last->remote_offset + last->length == piece.remote_offset) {
-      last->length += page_bytes;
+        !__builtin_add_overflow(last->local_offset, last->length, &local_end) &&
+        !__builtin_add_overflow(last->remote_offset, last->length,
+                                &remote_end) &&
+        !__builtin_add_overflow(last->length, page_bytes, &length) &&
+        local_end == piece.local_offset && remote_end == piece.remote_offset) {
+      last->length = length;
     } else {
       pieces.push_back(piece);
     }
@@ -97,7 +103,7 @@ TransferEngine::Submitted TransferEngine::SubmitPagedWrites(
 TransferEngine::Submitted TransferEngine::SubmitScatter(
     RegionId source, const std::vector<ScatterTarget>& targets,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
-  std::vector<Write> writes;
+  std::vector<PendingWrite> writes;
   for (const ScatterTarget& target : targets) {
     writes.push_back(
         {&target.region,
@@ -112,9 +118,9 @@ TransferEngine::Submitted TransferEngine::SubmitScatter(
 // is begun if anything about one of them is wrong.
 Status TransferEngine::PrepareLocked(const LocalRegion& source,
                                      std::optional<uint32_t> id,
-                                     std::vector<Write>* writes) {
+                                     std::vector<PendingWrite>* writes) {
   JF_RETURN_IF_ERROR(CheckId(id));
-  for (Write& write : *writes) {
+  for (PendingWrite& write : *writes) {
     JF_ASSIGN_OR_RETURN(TransferPeer* const peer,
                         FindOwnerLocked(*write.target));
     const MrDesc& memory = write.target->memory;
@@ -136,6 +142,13 @@ Status TransferEngine::PrepareLocked(const LocalRegion& source,
                           memory.length);
       }
     }
+    if (peer->withdrawn.Find(write.target->id) != nullptr) {
+      return Status(StatusCode::kFailedPrecondition,
+                    peer->address.Describe() +
+                        " unregisters the target region (unregister_memory); "
+                        "take the description of another");
+    }
+    if (id) JF_RETURN_IF_ERROR(spoilt_.Check(peer->address.id, *id));
     write.peer = peer->name;
     if (!caps_.direct_store) continue;
     write.mapped = group_->DirectPointer(write.peer, memory, 0, memory.length);
@@ -149,7 +162,7 @@ Status TransferEngine::PrepareLocked(const LocalRegion& source,
 }
 
 TransferEngine::Submitted TransferEngine::SubmitWrites(
-    std::string label, RegionId source, std::vector<Write> writes,
+    std::string label, RegionId source, std::vector<PendingWrite> writes,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
   std::unique_lock<std::mutex> lock(mutex_);
   auto found = registry_.Find(source);
@@ -164,10 +177,14 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
   submission->id = id;
   submission->region = source;
   ++region.users;
-  for (const Write& write : writes) {
+  for (const PendingWrite& write : writes) {
     uint64_t bytes = 0;
     for (const Piece& piece : write.pieces) bytes += piece.length;
-    submission->parts.push_back({write.peer, bytes, 0, true});
+    submission->parts.push_back({.peer = write.peer,
+                                 .bytes = bytes,
+                                 .open = true,
+                                 .target = write.target->id,
+                                 .receiver = write.target->owner});
   }
   // One more, so that it does not end before the last is posted.
   submission->open_parts = writes.size() + 1;
@@ -175,9 +192,16 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
     // What is stored through the mapping only needs its count. Copies run side
     // by side, and hold up nobody.
     const std::byte* const from = region.local.base;
-    for (const Write& write : writes) ++copies_[write.peer];
+    for (const PendingWrite& write : writes) ++copies_[write.peer];
     lock.unlock();
-    for (Write& write : writes) {
+    for (PendingWrite& write : writes) {
+      const TraceScope tracing(group_->trace(), [&] {
+        const auto part = static_cast<size_t>(&write - writes.data());
+        return TraceEvent{.name = "copy",
+                          .parent = submission->span,
+                          .peer = write.peer,
+                          .bytes = submission->parts[part].bytes};
+      });
       for (const Piece& piece : write.pieces) {
         std::memcpy(write.mapped + piece.remote_offset,
                     from + piece.local_offset, piece.length);
@@ -186,7 +210,7 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
     }
     lock.lock();
     PostLocked(submission, {}, writes);
-    for (const Write& write : writes) EndCopyLocked(write.peer);
+    for (const PendingWrite& write : writes) EndCopyLocked(write.peer);
   } else {
     PostLocked(submission, region.local, writes);
   }
@@ -198,9 +222,9 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
 
 void TransferEngine::PostLocked(const SubmissionPtr& submission,
                                 const LocalRegion& local,
-                                const std::vector<Write>& writes) {
+                                const std::vector<PendingWrite>& writes) {
   for (size_t i = 0; i < writes.size(); ++i) {
-    const Write& write = writes[i];
+    const PendingWrite& write = writes[i];
     // It may have been stopped, or lost its peer, while it was copied.
     if (submission->stopped_ns || !peers_.contains(write.peer)) {
       EndPartLocked(submission, i,
@@ -211,6 +235,9 @@ void TransferEngine::PostLocked(const SubmissionPtr& submission,
     if (write.mapped != nullptr && !submission->id) {
       EndPartLocked(submission, i, OkStatus());  // it was all in the copy
       continue;
+    }
+    if (submission->id && write.mapped == nullptr) {
+      AnnounceLocked(*peers_.at(write.peer), *submission->id, write);
     }
     const auto posted = group_->SubmitWrite(
         write.peer, local, write.target->memory, write.pieces, submission->id,
@@ -248,6 +275,9 @@ void TransferEngine::EndPartLocked(const SubmissionPtr& submission, size_t part,
       }
     }
     if (is_write && peer != nullptr) ++peer->stats.transfers_failed;
+    if (submission->id && spoilt_.TakeNote(ended.peer, *submission->id)) {
+      TellSpoiltLocked(ended.receiver, ended.peer, *submission->id);
+    }
   } else if (peer != nullptr && is_write) {
     ++peer->stats.transfers_sent;
     peer->stats.transfer_bytes_sent += ended.bytes;
@@ -257,6 +287,7 @@ void TransferEngine::EndPartLocked(const SubmissionPtr& submission, size_t part,
     FinishLocked(submission,
                  submission->part_failed ? submission->failure : OkStatus());
   }
+  if (is_write && peer != nullptr) AnswerWithdrawalsLocked(*peer);
 }
 
 TransferEngine::Submitted TransferEngine::SubmitSend(uint32_t name,
@@ -280,7 +311,8 @@ TransferEngine::Submitted TransferEngine::SubmitSend(uint32_t name,
       CutIntoParts(peer.next_message++, message, group_->message_bytes_max());
   ++peer.stats.messages_sent;
   for (const TransferFrame& frame : frames) {
-    submission->parts.push_back({name, frame.body.size(), 0, true});
+    submission->parts.push_back(
+        {.peer = name, .bytes = frame.body.size(), .open = true});
   }
   submission->open_parts = frames.size();
   for (size_t i = 0; i < frames.size(); ++i) {
@@ -357,21 +389,19 @@ TransferEngine::Submitted TransferEngine::SubmitBarrier(
   return submission->future;
 }
 
-bool TransferEngine::BarrierMetLocked(const Submission& submission) const {
-  return std::all_of(
-      submission.arrivals.begin(), submission.arrivals.end(),
-      [&](const Submission::Arrival& arrival) {
-        const auto peer = peers_.find(arrival.peer);
-        return peer != peers_.end() &&
-               peer->second->barriers.at(*submission.id).theirs >=
-                   arrival.count;
-      });
-}
-
 void TransferEngine::CheckBarriersLocked() {
+  const auto is_met = [this](const Submission& barrier) {
+    return std::all_of(barrier.arrivals.begin(), barrier.arrivals.end(),
+                       [&](const Submission::Arrival& arrival) {
+                         const auto peer = peers_.find(arrival.peer);
+                         return peer != peers_.end() &&
+                                peer->second->barriers.at(*barrier.id).theirs >=
+                                    arrival.count;
+                       });
+  };
   std::vector<SubmissionPtr> met;
   for (const SubmissionPtr& barrier : barriers_) {
-    if (BarrierMetLocked(*barrier)) met.push_back(barrier);
+    if (is_met(*barrier)) met.push_back(barrier);
   }
   for (const SubmissionPtr& barrier : met) FinishLocked(barrier, OkStatus());
 }
@@ -390,6 +420,8 @@ TransferEngine::Submitted TransferEngine::ExpectImmCount(
   const Status valid = CheckId(id);
   if (!valid.ok()) return valid.Annotate(label);
   std::lock_guard<std::mutex> lock(mutex_);
+  const Status spoilt = spoilt_.Check(self_.id, id);
+  if (!spoilt.ok()) return spoilt.Annotate(label);
   // One that was lost before may have sent all of it: then there is no wait.
   JF_ASSIGN_OR_RETURN(const SubmissionPtr submission,
                       BeginLocked(SubmissionKind::kExpect, label, deadline));

@@ -36,7 +36,7 @@ StatusOr<TransferFrame> TransferFrame::Decode(std::string_view bytes) {
   frame.b = reader.Number<uint64_t>();
   if (!reader.ok() || magic != kMagic ||
       type < static_cast<uint16_t>(Type::kHello) ||
-      type > static_cast<uint16_t>(Type::kGoodbye)) {
+      type > static_cast<uint16_t>(Type::kWithdrawn)) {
     return Status(
         StatusCode::kInvalidArgument,
         "a malformed message of " + std::to_string(bytes.size()) + " bytes");

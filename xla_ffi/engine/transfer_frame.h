@@ -13,9 +13,10 @@ namespace jaxfabric {
 
 // On the wire: magic u32, version u16, type u16, then
 //   a   u64  kPart: number of the message    kBarrier: id of the barrier
-//            kGoodbye: messages sent
+//            kGoodbye: messages sent            kSpoilt, kUses: id
+//            kWithdraw, kWithdrawn: number of the withdrawal
 //   b   u64  kPart: index << 32 | parts      kBarrier: how often it has come
-//            kGoodbye: transfers counted
+//            kGoodbye: transfers counted        kWithdraw: the region
 //   body     the rest: a Hello, a Welcome, a part
 //
 // Any of them may come more than once, when a link has failed.
@@ -28,6 +29,10 @@ struct TransferFrame {
     kPing = 5,     // asks for kPong: is anybody there?
     kPong = 6,
     kGoodbye = 7,  // the sender takes leave: nothing follows
+    kSpoilt = 8,   // see transfer_engine_spoilt.cc
+    kUses = 9,
+    kWithdraw = 10,  // see transfer_engine_withdraw.cc
+    kWithdrawn = 11,
   };
   Type type = Type::kPing;
   uint64_t a = 0;

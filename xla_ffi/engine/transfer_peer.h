@@ -6,10 +6,13 @@
 #include <cstdint>
 #include <optional>
 #include <unordered_map>
+#include <variant>
+#include <vector>
 
 #include "engine/engine_address.h"
 #include "engine/message_parts.h"
 #include "engine/random_id.h"
+#include "engine/recent_map.h"
 #include "engine/transfer_stats.h"
 
 namespace jaxfabric {
@@ -27,11 +30,22 @@ struct TransferPeer {
     int64_t heard_ns = 0;
   };
 
+  // The peer unregisters a region; it is to know when our writes have ended.
+  struct Withdrawal {
+    uint64_t number = 0;
+    uint64_t region = 0;
+  };
+
   // Barriers that one connection remembers.
   static constexpr size_t kBarriersMax = 1u << 16;
+  // The ids under which parts are under way, and regions that are withdrawn:
+  // of those that came before the last 2^16, nothing is under way any more.
+  static constexpr size_t kRecentMax = 1u << 16;
 
   uint32_t name = 0;
   EngineAddress address;
+  bool added = false;         // to the group
+  int64_t join_limit_ns = 0;  // of the last try to
   bool connected = false;
 
   // Of our Hellos; the same one each time.
@@ -43,6 +57,7 @@ struct TransferPeer {
 
   int64_t last_heard_ns = 0;
   int64_t last_ping_ns = 0;
+  bool pong_waits = false;  // to be sent; another would say the same
   std::optional<Farewell> farewell;
 
   uint64_t next_message = 0;
@@ -51,6 +66,15 @@ struct TransferPeer {
   uint64_t units_received = 0;
   uint64_t counted_transfers_sent = 0;
   TransferPeerStats stats;
+
+  // Units of transfers that are not whole, by id; where the NIC names peers.
+  std::unordered_map<uint32_t, uint64_t> parts;
+  // Ids under which the peer, and we, send parts; where it does not.
+  RecentMap<uint32_t, std::monostate> their_ids{kRecentMax};
+  RecentMap<uint32_t, std::monostate> our_ids{kRecentMax};
+
+  RecentMap<uint64_t, std::monostate> withdrawn{kRecentMax};  // regions
+  std::vector<Withdrawal> withdrawals;  // that are not answered
 };
 
 }  // namespace jaxfabric

@@ -21,6 +21,8 @@ struct TransferEngineOptions {
   double timeout_s = 30;  // of operations that give no deadline
   // How long the worker looks again before it sleeps.
   int64_t spin_ns = 5'000;
+  // Where the worker runs; none: anywhere. See KeepThisThreadOn.
+  std::vector<uint32_t> worker_cores;
   // A peer that says nothing is asked so often whether it is there,
   double heartbeat_s = 1;
   // and is lost when it has not answered for so long.

@@ -13,9 +13,19 @@
 #include "engine/domain_group.h"
 #include "engine/imm_counter.h"
 #include "engine/memory_registry.h"
+#include "engine/random_id.h"
+#include "engine/region_address.h"
 #include "engine/transfer_future.h"
 
 namespace jaxfabric {
+
+// One transfer that is about to be posted.
+struct PendingWrite {
+  const RegionAddress* target;
+  std::vector<Piece> pieces;
+  uint32_t peer = 0;
+  std::byte* mapped = nullptr;  // the target region, where it is mapped here
+};
 
 enum class SubmissionKind {
   kWrites,
@@ -33,6 +43,8 @@ struct Submission {
     uint64_t bytes = 0;
     TransferHandle handle = 0;
     bool open = false;
+    uint64_t target = 0;  // kWrites: the receiver's region
+    RandomId receiver;    // kWrites
   };
   // kBarrier: done once the peer has come `count` times.
   struct Arrival {
@@ -41,6 +53,7 @@ struct Submission {
   };
 
   SubmissionKind kind = SubmissionKind::kWrites;
+  uint64_t span = 0;  // in the trace
   TransferFuturePtr future;
   Deadline deadline;
   double timeout_s = 0;
@@ -62,6 +75,8 @@ struct Submission {
   uint64_t transfers = 0;                   // kExpect
   ImmCounterTable::Handle expectation = 0;  // kExpect
   std::vector<uint32_t> sources;            // kExpect
+
+  std::vector<uint32_t> unanswered;  // kUnregister: peers that were asked
 };
 
 using SubmissionPtr = std::shared_ptr<Submission>;

@@ -1,11 +1,31 @@
 #include "engine/watcher.h"
 
+#include <new>
 #include <string>
 #include <utility>
 
+#include "base/cache_line.h"
 #include "base/elastic_pool.h"
 
 namespace jaxfabric {
+namespace {
+
+constexpr size_t kWordsBytes = 65536;
+
+}  // namespace
+
+StatusOr<WatcherWords::Word> WatcherWords::Take() {
+  if (memory_ == nullptr || used_ == kWordsBytes) {
+    JF_ASSIGN_OR_RETURN(
+        SharedMemory words,
+        SharedMemory::Create("jaxfabric-watchers", kWordsBytes));
+    memory_ = std::make_shared<SharedMemory>(std::move(words));
+    used_ = 0;
+  }
+  auto* const word = new (memory_->data() + used_) std::atomic<uint64_t>;
+  used_ += kCacheLineBytes;
+  return Word{memory_, word};
+}
 
 void Watcher::Bump(uint64_t by) {
   word_->fetch_add(by, std::memory_order_release);

@@ -8,6 +8,7 @@
 #define JAXFABRIC_ENGINE_WATCHER_H_
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -55,6 +56,20 @@ class Watcher : public std::enable_shared_from_this<Watcher> {
   std::mutex mutex_;
   Doorbell* doorbell_;  // guarded by mutex_; null once closed
   Callback callback_;   // guarded by mutex_
+};
+
+// The words of an engine's watchers, a cache line each. Not thread-safe.
+class WatcherWords {
+ public:
+  struct Word {
+    std::shared_ptr<SharedMemory> memory;
+    std::atomic<uint64_t>* word;
+  };
+  StatusOr<Word> Take();
+
+ private:
+  std::shared_ptr<SharedMemory> memory_;
+  size_t used_ = 0;
 };
 
 // All watchers of this process, so that a program's handler finds one by the

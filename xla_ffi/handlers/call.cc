@@ -57,12 +57,23 @@ Outgoing Call::Message(uint32_t destination) const {
   return outgoing;
 }
 
+uint64_t Call::BeginWaiting() const {
+  endpoint->trace().End(posting);
+  return endpoint->trace().Begin(
+      [&] { return TraceEvent{.name = "waiting", .parent = span}; });
+}
+
 void Call::Await(std::vector<uint32_t> sources,
                  std::function<Status(const std::vector<Arrival>&)> finish) && {
   // The operation keeps the Fabric, and so the engine.
-  auto ready = [operation = operation, endpoint = endpoint,
-                engine = fabric->engine.get(), finish = std::move(finish)](
-                   const std::vector<Arrival>& arrivals) {
+  auto ready = [operation = operation, endpoint = endpoint, span = span,
+                waiting = BeginWaiting(), engine = fabric->engine.get(),
+                finish =
+                    std::move(finish)](const std::vector<Arrival>& arrivals) {
+    endpoint->trace().End(waiting);
+    const TraceScope tracing(endpoint->trace(), [span] {
+      return TraceEvent{.name = "copy out", .parent = span};
+    });
     const Status finished = finish(arrivals);
     for (const Arrival& arrival : arrivals) endpoint->Release(arrival);
     if (!finished.ok()) GiveUp(*engine, *operation, finished);
@@ -158,11 +169,15 @@ ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
   }
   ffi::Promise promise;
   ffi::Future future(promise);
+  call.span = call.endpoint->trace().Begin([&] {
+    return TraceEvent{.name = label.substr(0, label.find(' ')), .label = label};
+  });
   // The Fabric is kept until the end: closing it waits for operations.
   auto begun =
       engine->Begin(label, TimeLeft(*engine, attributes, begun_ns),
                     [promise, fabric = call.fabric, endpoint = call.endpoint,
-                     channel](const Status& status) mutable {
+                     channel, span = call.span](const Status& status) mutable {
+                      endpoint->trace().End(span, status.code());
                       endpoint->LeaveChannel(channel);
                       fabric.reset();
                       if (status.ok()) {
@@ -172,6 +187,7 @@ ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
                       }
                     });
   if (!begun.ok()) {
+    call.endpoint->trace().End(call.span, begun.status().code());
     call.endpoint->LeaveChannel(channel);
     return FailedFuture(begun.status());
   }
@@ -179,7 +195,11 @@ ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
   call.key = {channel, call.endpoint->NextSequence(channel)};
   call.AdoptKey(call.key);
   OperationPtr operation = call.operation;
+  Trace& trace = call.endpoint->trace();
+  const uint64_t posting = call.posting = trace.Begin(
+      [&] { return TraceEvent{.name = "post", .parent = call.span}; });
   const Status started = start(std::move(call));
+  trace.End(posting);
   if (!started.ok()) GiveUp(*engine, *operation, started);
   const Operation::CompleteHere here;
   operation.reset();

@@ -68,6 +68,8 @@ struct Call {
   MatchKey key;
   int64_t run_id = 0;
   OperationPtr operation;
+  uint64_t span = 0;     // in the trace of `endpoint`
+  uint64_t posting = 0;  // its first part: until it waits, or is back in XLA
 
   // Ranks of the group without this one, in order.
   std::vector<uint32_t> Others() const;
@@ -75,6 +77,9 @@ struct Call {
   void AdoptKey(MatchKey started);
   // The message for `destination`, without bytes and pack.
   Outgoing Message(uint32_t destination) const;
+  // For the trace: all is posted, and from here on the call waits. Returns the
+  // span of that.
+  uint64_t BeginWaiting() const;
   // Waits for a message from each of `sources`, then runs `finish` with them
   // (here and now if they have come) and gives them back. A failed `finish`
   // fails the operation.

@@ -245,12 +245,18 @@ ffi::Future Wait(int32_t device, ffi::RunId run_id, WaitAttributes attributes,
                  std::to_string(endpoint->window_counters().Transfers(slot)) +
                  " have come";
         });
-        auto copy_out = [source = endpoint->heap() +
-                                  endpoint->heap_layout().Windows() +
-                                  window.offset,
-                         bytes = window.bytes, target = out->untyped_data()] {
-          std::memcpy(target, source, bytes);
-        };
+        auto copy_out =
+            [source = endpoint->heap() + endpoint->heap_layout().Windows() +
+                      window.offset,
+             bytes = window.bytes, target = out->untyped_data(), endpoint,
+             span = call.span, waiting = call.BeginWaiting()] {
+              endpoint->trace().End(waiting);
+              const TraceScope tracing(endpoint->trace(), [&] {
+                return TraceEvent{
+                    .name = "copy out", .parent = span, .bytes = bytes};
+              });
+              std::memcpy(target, source, bytes);
+            };
         endpoint->Progress();
         const auto waiting = endpoint->window_counters().Expect(
             slot, static_cast<uint64_t>(attributes.count),

@@ -22,6 +22,7 @@
 #include "handlers/fabric_registry.h"
 #include "python/open_transport.h"
 #include "python/status_error.h"
+#include "python/trace_py.h"
 
 namespace nb = nanobind;
 
@@ -58,6 +59,7 @@ class NativeFabric {
     fabric_->mesh_shape = std::move(mesh_shape);
     const std::string secret_bytes(secret.c_str(), secret.size());
     nb::gil_scoped_release release;
+    options.worker_cores = CoresNear(nics);
     fabric_->engine = Value(Engine::Open(
         std::move(options), Value(OpenTransport(transport, secret_bytes, chaos,
                                                 network, libfabric, nics))));
@@ -125,6 +127,21 @@ class NativeFabric {
     return by_rank;
   }
 
+  void StartTrace(size_t events_max) {
+    for (const uint32_t rank : engine().options().local_ranks) {
+      engine().endpoint(rank)->trace().Start(events_max);
+    }
+  }
+  // By local rank.
+  nb::dict StopTrace() {
+    nb::dict by_rank;
+    for (const uint32_t rank : engine().options().local_ranks) {
+      by_rank[nb::int_(rank)] =
+          ToPython(engine().endpoint(rank)->trace().Stop());
+    }
+    return by_rank;
+  }
+
   size_t OperationsUnderWay() const { return engine().operations_under_way(); }
 
   // Ends the generation on all ranks.
@@ -169,8 +186,24 @@ void RegisterFabric(nb::module_& m) {
   m.def("pool_threads", [] { return ElasticPool::Get().ThreadCount(); });
   m.def("transport_states", &TransportStates, nb::arg("libfabric"),
         nb::call_guard<nb::gil_scoped_release>());
+  m.def("open_for_caps",
+        [](const std::string& kind, const std::string& libfabric) {
+          DomainCaps caps;
+          {
+            nb::gil_scoped_release release;
+            caps = Value(OpenForCaps(kind, libfabric));
+          }
+          nb::dict row;
+          row["write_bytes_max"] = caps.write_bytes_max;
+          row["queue_depth"] = caps.queue_depth;
+          row["emulated_writes"] = caps.emulated_writes;
+          return row;
+        });
   m.def("share_nics", &ShareNics, nb::arg("transport"), nb::arg("libfabric"),
         nb::arg("cores"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("nearest_nics", &NearestNics, nb::arg("transport"),
+        nb::arg("libfabric"), nb::arg("cores"),
+        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<NativeFabric>(m, "NativeFabric")
       .def(nb::init<const std::string&, std::vector<int64_t>,
                     const std::vector<std::pair<int64_t, uint32_t>>&, uint32_t,
@@ -191,6 +224,8 @@ void RegisterFabric(nb::module_& m) {
       .def("failure", &NativeFabric::Failure)
       .def("drain", &NativeFabric::Drain)
       .def("stats", &NativeFabric::Stats)
+      .def("start_trace", &NativeFabric::StartTrace)
+      .def("stop_trace", &NativeFabric::StopTrace)
       .def("operations_under_way", &NativeFabric::OperationsUnderWay)
       .def("abort", &NativeFabric::Abort)
       .def("close", &NativeFabric::Close);

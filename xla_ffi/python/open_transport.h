@@ -15,11 +15,12 @@
 
 namespace jaxfabric {
 
-// `chaos` and `network` are options of the fake transport, `libfabric` (a path)
-// and `nics` of the ofi transports; see OfiOptions.
+// `options` are the numbers that `kind` takes: of verbs its VerbsSettings, of
+// the fake transport its chaos. `network` is the fake transport's, `libfabric`
+// (a path) the ofi transports'; `nics` belong to both ofi and verbs.
 StatusOr<std::unique_ptr<Transport>> OpenTransport(
     const std::string& kind, const std::string& secret,
-    const std::map<std::string, double>& chaos, const std::string& network,
+    const std::map<std::string, double>& options, const std::string& network,
     const std::string& libfabric = "",
     const std::vector<std::string>& nics = {});
 
@@ -29,10 +30,23 @@ std::vector<std::vector<std::string>> ShareNics(
     const std::string& kind, const std::string& libfabric,
     const std::vector<uint32_t>& cores);
 
+// Those NICs of this host that are closest to a process that may run on
+// `cores`. Nothing where `kind` has none to choose from.
+std::vector<std::string> NearestNics(const std::string& kind,
+                                     const std::string& libfabric,
+                                     const std::vector<uint32_t>& cores);
+
+// The cores of the NUMA nodes of `nics`; see Topology::CoresNear.
+std::vector<uint32_t> CoresNear(const std::vector<std::string>& nics);
+
 // Name, state, reason and fix of each transport that users choose from.
 using TransportRow =
     std::tuple<std::string, std::string, std::string, std::string>;
 std::vector<TransportRow> TransportStates(const std::string& libfabric);
+
+// What the first NIC of a transport says of itself, once it is really open.
+StatusOr<DomainCaps> OpenForCaps(const std::string& kind,
+                                 const std::string& libfabric);
 
 }  // namespace jaxfabric
 

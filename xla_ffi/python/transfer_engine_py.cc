@@ -9,6 +9,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
+#include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <optional>
@@ -21,6 +24,7 @@
 #include "python/callback.h"
 #include "python/open_transport.h"
 #include "python/status_error.h"
+#include "python/trace_py.h"
 
 namespace nb = nanobind;
 
@@ -86,6 +90,9 @@ PageList Pages(const Indices& indices, uint64_t stride, uint64_t offset) {
       stride, offset};
 }
 
+// So long, Close waits for threads that are inside a call.
+constexpr std::chrono::seconds kCloseMax{10};
+
 class NativeTransferEngine {
  public:
   NativeTransferEngine(const std::string& transport, const nb::bytes& secret,
@@ -106,14 +113,23 @@ class NativeTransferEngine {
     options.peer_timeout_s = peer_timeout_s;
     const std::string secret_bytes = ToString(secret);
     nb::gil_scoped_release release;
-    engine_ = Value(TransferEngine::Open(
+    options.worker_cores = CoresNear(interfaces);
+    auto engine = Value(TransferEngine::Open(
         std::move(options),
         Value(OpenTransport(transport, secret_bytes, chaos, "transfer",
                             libfabric, interfaces))));
+    const auto gone = std::make_shared<std::promise<void>>();
+    gone_ = gone->get_future().share();
+    engine_ = std::shared_ptr<TransferEngine>(engine.release(),
+                                              [gone](TransferEngine* last) {
+                                                delete last;
+                                                gone->set_value();
+                                              });
   }
   ~NativeTransferEngine() { Close(); }
 
-  // Who calls it at the same time has the engine until that call is back.
+  // Threads that are inside a call are sent home and waited for: the last of
+  // them closes the engine.
   void Close() {
     nb::gil_scoped_release release;
     std::shared_ptr<TransferEngine> engine;
@@ -121,11 +137,24 @@ class NativeTransferEngine {
       std::lock_guard<std::mutex> lock(mutex_);
       engine.swap(engine_);
     }
-    if (engine != nullptr) engine->inbox().Close();
+    if (engine == nullptr) return;
+    engine->BeginClose();
+    engine.reset();
+    gone_.wait_for(kCloseMax);
   }
 
-  nb::bytes Address() const { return ToBytes(engine()->address()); }
-  std::string TransportName() const { return engine()->caps().transport; }
+  nb::bytes Address() const {
+    std::string address;
+    {
+      nb::gil_scoped_release release;
+      address = engine()->address();
+    }
+    return ToBytes(address);
+  }
+  std::string TransportName() const {
+    nb::gil_scoped_release release;
+    return engine()->caps().transport;
+  }
 
   NativeFuture Connect(const nb::bytes& address, MaybeSeconds timeout_s) {
     const std::string bytes = ToString(address);
@@ -145,11 +174,18 @@ class NativeTransferEngine {
     Check(engine()->RemovePeerGroup(group));
   }
 
-  RegionId RegisterMemory(uint64_t address, uint64_t length) {
+  // Keeps `buffer`, whose memory it is, until no NIC can touch it.
+  RegionId RegisterMemory(uint64_t address, uint64_t length,
+                          nb::object buffer) {
+    const std::shared_ptr<const void> owner(
+        new nb::object(std::move(buffer)), [](const void* gone) {
+          nb::gil_scoped_acquire acquire;
+          delete static_cast<const nb::object*>(gone);
+        });
     nb::gil_scoped_release release;
     // NOLINTNEXTLINE(performance-no-int-to-ptr): Python has it as a number.
     auto* const base = reinterpret_cast<std::byte*>(address);
-    return Value(engine()->RegisterMemory(base, length));
+    return Value(engine()->RegisterMemory(base, length, owner));
   }
   // The region, and all of it as an array that keeps the memory.
   std::pair<RegionId, Bytes> AllocateMemory(uint64_t length) {
@@ -182,12 +218,14 @@ class NativeTransferEngine {
     nb::gil_scoped_release release;
     return Submitted(engine()->SubmitSend(peer, bytes, ToDeadline(timeout_s)));
   }
+  // The function gets (peer, bytes, how many messages were lost here).
   void SubmitRecvs(std::optional<nb::callable> function) {
     MessageInbox::Callback receive;
     if (function) {
       receive = [callback = Callback(*function)](TransferMessage message) {
         callback([&] {
-          return nb::make_tuple(message.peer, ToBytes(message.text));
+          return nb::make_tuple(message.peer, ToBytes(message.text),
+                                message.dropped);
         });
       };
     }
@@ -195,7 +233,17 @@ class NativeTransferEngine {
     nb::gil_scoped_release release;
     engine()->SubmitRecvs(std::move(receive));
   }
-  std::optional<std::pair<uint32_t, nb::bytes>> Receive(double timeout_s) {
+  // Calls once when Receive has something to give, or to raise.
+  void OnMessage(nb::callable function) {
+    std::function<void()> ready = [callback = Callback(std::move(function))] {
+      callback([] { return nb::make_tuple(); });
+    };
+    nb::gil_scoped_release release;
+    engine()->inbox().OnReady(std::move(ready));
+  }
+  // (peer, bytes, how many messages were lost here).
+  std::optional<std::tuple<uint32_t, nb::bytes, uint64_t>> Receive(
+      double timeout_s) {
     std::optional<TransferMessage> message;
     {
       nb::gil_scoped_release release;
@@ -204,7 +252,7 @@ class NativeTransferEngine {
       if (!message && engine->inbox().closed()) throw Closed();
     }
     if (!message) return std::nullopt;
-    return std::pair(message->peer, ToBytes(message->text));
+    return std::tuple(message->peer, ToBytes(message->text), message->dropped);
   }
 
   NativeFuture SubmitSingleWrite(RegionId source, uint64_t source_offset,
@@ -253,7 +301,10 @@ class NativeTransferEngine {
     return Submitted(
         engine()->ExpectImmCount(id, transfers, peers, ToDeadline(timeout_s)));
   }
-  uint64_t ImmCount(uint32_t id) const { return engine()->ImmCount(id); }
+  uint64_t ImmCount(uint32_t id) const {
+    nb::gil_scoped_release release;
+    return engine()->ImmCount(id);
+  }
 
   std::shared_ptr<Watcher> AllocWatcher(nb::callable function) {
     Watcher::Callback watch = [callback = Callback(std::move(function))](
@@ -275,6 +326,14 @@ class NativeTransferEngine {
   void Drain(double timeout_s) {
     nb::gil_scoped_release release;
     Check(engine()->Drain(Deadline::AfterSeconds(timeout_s)));
+  }
+  void StartTrace(size_t events_max) const {
+    nb::gil_scoped_release release;
+    engine()->trace().Start(events_max);
+  }
+  TraceRecording StopTrace() const {
+    nb::gil_scoped_release release;
+    return engine()->trace().Stop();
   }
   TransferEngineStats Stats() const {
     nb::gil_scoped_release release;
@@ -298,6 +357,7 @@ class NativeTransferEngine {
 
   mutable std::mutex mutex_;
   std::shared_ptr<TransferEngine> engine_;  // guarded by mutex_
+  std::shared_future<void> gone_;           // ready once it is
 };
 
 nb::dict PeerRow(const TransferPeerStats& stats) {
@@ -337,6 +397,8 @@ nb::dict StatsRow(const TransferEngineStats& stats) {
     of_nic["writes_again"] = nic.writes_again;
     of_nic["links_failed"] = nic.links_failed;
     of_nic["open_writes"] = nic.open_writes;
+    of_nic["malformed_dropped"] = nic.malformed_dropped;
+    of_nic["refused_frames"] = nic.refused_frames;
     nics.append(of_nic);
   }
   row["nics"] = nics;
@@ -407,6 +469,7 @@ void RegisterTransferEngine(nb::module_& m) {
       .def("submit_send", &Engine::SubmitSend)
       .def("submit_recvs", &Engine::SubmitRecvs, nb::arg("callback").none())
       .def("receive", &Engine::Receive)
+      .def("on_message", &Engine::OnMessage)
       .def("submit_single_write", &Engine::SubmitSingleWrite)
       .def("submit_paged_writes", &Engine::SubmitPagedWrites)
       .def("submit_scatter", &Engine::SubmitScatter)
@@ -417,6 +480,9 @@ void RegisterTransferEngine(nb::module_& m) {
       .def("free_watcher", &Engine::FreeWatcher)
       .def("cancel", &Engine::Cancel)
       .def("drain", &Engine::Drain)
+      .def("start_trace", &Engine::StartTrace)
+      .def("stop_trace",
+           [](const Engine& self) { return ToPython(self.StopTrace()); })
       .def("stats", [](const Engine& self) { return StatsRow(self.Stats()); })
       .def("close", &Engine::Close);
 }

@@ -1,5 +1,6 @@
 #include "transport/ofi.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -52,7 +53,7 @@ class OfiTransport final : public Transport {
 
   Status Start() {
     if (provider_ != OfiProvider::kTcp) return OkStatus();
-    JF_ASSIGN_OR_RETURN(bell_, OfiBell::Open(&doorbell_));
+    JF_ASSIGN_OR_RETURN(bell_, OfiBell::Open());
     return OkStatus();
   }
 
@@ -60,11 +61,13 @@ class OfiTransport final : public Transport {
     const OfiNic& nic = nics_[opened_++ % nics_.size()];
     JF_ASSIGN_OR_RETURN(std::unique_ptr<OfiDomain> domain,
                         OfiDomain::Open(library_, provider_, *nic.info, key_,
-                                        bell_.get(), &doorbell_));
+                                        bell_.get(), &doorbell()));
     return std::unique_ptr<Domain>(std::move(domain));
   }
   size_t nic_count() const override { return nics_.size(); }
-  Doorbell& doorbell() override { return doorbell_; }
+  Doorbell& doorbell() override {
+    return bell_ == nullptr ? doorbell_ : *bell_;
+  }
   int64_t poll_interval_ns() const override {
     return bell_ == nullptr ? kPollIntervalNs : 0;
   }
@@ -90,6 +93,17 @@ std::string FixFor(OfiProvider provider, const OfiLibrary& library) {
     return "EFA needs libfabric 2 or newer: pip install 'jaxfabric[ofi]'";
   }
   return "use a machine with an EFA device and its driver, or ofi/tcp";
+}
+
+// Each once: an interface has an entry for each of its addresses.
+std::vector<std::string> NamesOf(const std::vector<OfiNic>& nics) {
+  std::vector<std::string> names;
+  for (const OfiNic& nic : nics) {
+    if (std::find(names.begin(), names.end(), nic.name) == names.end()) {
+      names.push_back(nic.name);
+    }
+  }
+  return names;
 }
 
 struct Found {
@@ -120,9 +134,8 @@ Found Look(OfiProvider provider, const std::string& path) {
     return found;
   }
   std::string names;
-  for (const OfiNic& nic : found.nics) {
-    if (names.find(nic.name) != std::string::npos) continue;
-    names += (names.empty() ? "" : ", ") + nic.name;
+  for (const std::string& name : NamesOf(found.nics)) {
+    names += (names.empty() ? "" : ", ") + name;
   }
   found.state.reason = version + " drives " + names;
   return found;
@@ -142,15 +155,9 @@ TransportState OfiState(const std::string& provider,
 
 std::vector<std::string> OfiNicNames(const std::string& provider,
                                      const std::string& library) {
-  std::vector<std::string> names;
   const StatusOr<OfiProvider> parsed = ParseOfiProvider(provider);
-  if (!parsed.ok()) return names;
-  for (const OfiNic& nic : Look(*parsed, library).nics) {
-    if (std::find(names.begin(), names.end(), nic.name) == names.end()) {
-      names.push_back(nic.name);
-    }
-  }
-  return names;
+  if (!parsed.ok()) return {};
+  return NamesOf(Look(*parsed, library).nics);
 }
 
 StatusOr<std::unique_ptr<Transport>> OpenOfiTransport(

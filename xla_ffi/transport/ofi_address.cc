@@ -29,8 +29,7 @@ bool IsSocketAddress(const OfiAddress& address) {
 }
 
 bool IsWellFormed(const OfiAddress& address) {
-  if (!IsKnown(address.provider) || address.zero != 0 ||
-      address.endpoint_bytes == 0 ||
+  if (!IsKnown(address.provider) || address.endpoint_bytes == 0 ||
       address.endpoint_bytes > kOfiEndpointBytesMax) {
     return false;
   }

@@ -14,7 +14,7 @@
 namespace jaxfabric {
 
 inline constexpr uint64_t kOfiMagic = 0x3149'464f'4652'584a;  // "JXRFOFI1"
-inline constexpr uint32_t kOfiVersion = 1;
+inline constexpr uint32_t kOfiVersion = 2;
 inline constexpr uint32_t kOfiEndpointBytesMax = 64;
 
 enum class OfiProvider : uint32_t {
@@ -35,7 +35,7 @@ StatusOr<OfiProvider> ParseOfiProvider(const std::string& name);
 //   offset 16  nonce           u64     random, so that no two Domains are equal
 //   offset 24  job             u64     JobKey::JobId
 //   offset 32  endpoint_bytes  u32     how much of `endpoint` is used
-//   offset 36  zero            u32
+//   offset 36  generation      u32     how often `endpoint` has changed
 //   offset 40  endpoint        u8[64]  as fi_getname gave it; then zeros
 struct OfiAddress {
   uint64_t magic = kOfiMagic;
@@ -44,7 +44,7 @@ struct OfiAddress {
   uint64_t nonce = 0;
   uint64_t job = 0;
   uint32_t endpoint_bytes = 0;
-  uint32_t zero = 0;
+  uint32_t generation = 0;
   std::array<std::byte, kOfiEndpointBytesMax> endpoint = {};
 
   bool operator==(const OfiAddress&) const = default;

@@ -1,100 +1,132 @@
 #include "transport/ofi_bell.h"
 
-#include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
-#include <array>
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <string>
+
+#include "base/check.h"
 
 namespace jaxfabric {
 namespace {
 
-constexpr uint64_t kStopNumber = 0;
+// Who polls again does so within a few microseconds.
+constexpr int64_t kGraceNs = 30'000;
 
 Status SystemError(const char* call) {
   return Status(StatusCode::kResourceExhausted,
                 std::string(call) + " failed: " + std::strerror(errno));
 }
 
+epoll_event EventOf(int fd, uint32_t events) {
+  epoll_event event = {};
+  event.events = events;
+  event.data.fd = fd;
+  return event;
+}
+
 }  // namespace
 
-StatusOr<std::unique_ptr<OfiBell>> OfiBell::Open(Doorbell* doorbell) {
-  std::unique_ptr<OfiBell> bell(new OfiBell(doorbell));
+StatusOr<std::unique_ptr<OfiBell>> OfiBell::Open() {
+  std::unique_ptr<OfiBell> bell(new OfiBell());
   bell->epoll_ = UniqueFd(epoll_create1(EPOLL_CLOEXEC));
   if (!bell->epoll_.valid()) return SystemError("epoll_create1");
-  bell->stop_ = UniqueFd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!bell->stop_.valid()) return SystemError("eventfd");
-  epoll_event event = {};
-  event.events = EPOLLIN;
-  event.data.u64 = kStopNumber;
-  if (epoll_ctl(bell->epoll_.get(), EPOLL_CTL_ADD, bell->stop_.get(), &event) !=
-      0) {
-    return SystemError("epoll_ctl");
+  bell->rung_ = UniqueFd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!bell->rung_.valid()) return SystemError("eventfd");
+  bell->timer_ =
+      UniqueFd(timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+  if (!bell->timer_.valid()) return SystemError("timerfd_create");
+  for (const int fd : {bell->rung_.get(), bell->timer_.get()}) {
+    epoll_event event = EventOf(fd, EPOLLIN);
+    if (epoll_ctl(bell->epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+      return SystemError("epoll_ctl");
+    }
   }
-  bell->thread_ = std::thread([bell = bell.get()] { bell->Run(); });
   return bell;
 }
 
-OfiBell::~OfiBell() {
-  if (!thread_.joinable()) return;
-  const uint64_t one = 1;
-  JF_CHECK(write(stop_.get(), &one, sizeof(one)) == sizeof(one));
-  thread_.join();
-}
-
-StatusOr<OfiBell::Watch*> OfiBell::Add(int fd) {
-  auto watch = std::make_unique<Watch>();
-  watch->fd_ = fd;
+Status OfiBell::Add(int fd) {
   std::lock_guard<std::mutex> lock(mutex_);
-  watch->number_ = next_number_++;
-  epoll_event event = {};
-  event.events = EPOLLONESHOT;  // nothing yet
-  event.data.u64 = watch->number_;
+  epoll_event event = EventOf(fd, listens_ ? uint32_t{EPOLLIN} : 0);
   if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
     return SystemError("epoll_ctl");
   }
-  Watch* const result = watch.get();
-  watches_[result->number_] = std::move(watch);
-  return result;
+  fds_.push_back(fd);
+  return OkStatus();
 }
 
-void OfiBell::Arm(Watch* watch) {
-  watch->armed_.store(true, std::memory_order_release);
-  epoll_event event = {};
-  event.events = EPOLLIN | EPOLLONESHOT;
-  event.data.u64 = watch->number_;
-  JF_CHECK(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, watch->fd_, &event) == 0);
-}
-
-void OfiBell::Remove(Watch* watch) {
+void OfiBell::Remove(int fd) {
   std::lock_guard<std::mutex> lock(mutex_);
-  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, watch->fd_, nullptr);
-  watches_.erase(watch->number_);
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+  std::erase(fds_, fd);
 }
 
-void OfiBell::Run() {
-  pthread_setname_np(pthread_self(), "jaxfabric-bell");
-  std::array<epoll_event, 16> events;
-  for (;;) {
-    const int count = epoll_wait(epoll_.get(), events.data(),
-                                 static_cast<int>(events.size()), -1);
-    if (count < 0 && errno == EINTR) continue;
-    JF_CHECK(count >= 0);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (int i = 0; i < count; ++i) {
-        if (events[i].data.u64 == kStopNumber) return;
-        const auto found = watches_.find(events[i].data.u64);
-        if (found == watches_.end()) continue;  // removed meanwhile
-        found->second->armed_.store(false, std::memory_order_release);
-      }
-    }
-    doorbell_->Ring();
+void OfiBell::ListenLocked(bool listens) {
+  if (listens_ == listens) return;
+  listens_ = listens;
+  for (const int fd : fds_) {
+    epoll_event event = EventOf(fd, listens ? uint32_t{EPOLLIN} : 0);
+    JF_CHECK(epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, fd, &event) == 0);
   }
+}
+
+void OfiBell::SetTimer(int64_t after_ns) const {
+  itimerspec when = {};
+  when.it_value.tv_nsec = after_ns;
+  JF_CHECK(timerfd_settime(timer_.get(), 0, &when, nullptr) == 0);
+}
+
+void OfiBell::Mute() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (mutes_++ > 0) return;
+  if (!listens_) SetTimer(0);
+  ListenLocked(false);
+}
+
+void OfiBell::Unmute() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (--mutes_ == 0) SetTimer(kGraceNs);
+}
+
+void OfiBell::Wake() {
+  const uint64_t one = 1;
+  // Only a full counter is refused, and that wakes as well.
+  (void)!write(rung_.get(), &one, sizeof(one));
+}
+
+void OfiBell::Wait(uint32_t seen, Deadline deadline) {
+  // seq_cst on both words, as in Doorbell::Ring. Old rings are taken off by who
+  // sleeps alone, and before it looks: none that somebody waits for gets lost.
+  if (words()->sleepers.fetch_add(1, std::memory_order_seq_cst) == 0) {
+    uint64_t rings = 0;
+    (void)!read(rung_.get(), &rings, sizeof(rings));
+  }
+  if (words()->sequence.load(std::memory_order_seq_cst) == seen) {
+    constexpr int64_t kMillisecond = 1'000'000;
+    const int64_t left_ns = deadline.RemainingNanoseconds();
+    const int64_t left_ms =
+        std::min<int64_t>(left_ns / kMillisecond + 1, INT_MAX);
+    epoll_event event = {};
+    const int timeout_ms = left_ns == 0 ? 0 : static_cast<int>(left_ms);
+    const int count = epoll_wait(epoll_.get(), &event, 1, timeout_ms);
+    if (count == 1 && event.data.fd == timer_.get()) Listen();
+  }
+  words()->sleepers.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+void OfiBell::Listen() {
+  uint64_t expirations = 0;
+  // None if it was set anew meanwhile: then somebody polls, or just did.
+  if (read(timer_.get(), &expirations, sizeof(expirations)) < 0) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (mutes_ == 0) ListenLocked(true);
 }
 
 }  // namespace jaxfabric

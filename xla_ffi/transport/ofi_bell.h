@@ -1,60 +1,54 @@
-// OfiBell: rings a Doorbell when a completion queue's descriptor has news.
+// OfiBell: a Doorbell that completion queues ring by their descriptors.
 //
-// Its thread only sleeps and rings: it never touches libfabric. A descriptor is
-// looked at once after each Arm, so that it cannot keep the thread awake.
+// Whoever waits sleeps on the descriptors themselves, so that news of a NIC
+// wakes it without another thread in between. After Unmute it takes a moment
+// until they wake somebody again: who has just polled often polls again soon,
+// and a thread that wakes up in between would be in its way.
 
 #ifndef JAXFABRIC_TRANSPORT_OFI_BELL_H_
 #define JAXFABRIC_TRANSPORT_OFI_BELL_H_
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <thread>
-#include <unordered_map>
+#include <vector>
 
+#include "base/deadline.h"
 #include "base/doorbell.h"
 #include "base/status.h"
 #include "base/unique_fd.h"
 
 namespace jaxfabric {
 
-class OfiBell {
+class OfiBell final : public Doorbell {
  public:
-  // One watched descriptor.
-  class Watch {
-   public:
-    // Whether Arm was called and nothing has come since.
-    bool armed() const { return armed_.load(std::memory_order_acquire); }
+  static StatusOr<std::unique_ptr<OfiBell>> Open();
+  OfiBell(const OfiBell&) = delete;
+  OfiBell& operator=(const OfiBell&) = delete;
 
-   private:
-    friend class OfiBell;
-    int fd_ = -1;
-    uint64_t number_ = 0;
-    std::atomic<bool> armed_{false};
-  };
+  // While `fd` is readable, Wait returns at once. It stays open until Remove.
+  Status Add(int fd);
+  void Remove(int fd);
 
-  static StatusOr<std::unique_ptr<OfiBell>> Open(Doorbell* doorbell);
-  ~OfiBell();
-
-  // `fd` stays open until Remove.
-  StatusOr<Watch*> Add(int fd);
-  // Rings once when the descriptor is, or becomes, readable.
-  void Arm(Watch* watch);
-  void Remove(Watch* watch);
+  void Wait(uint32_t seen, Deadline deadline) override;
+  void Mute() override;
+  void Unmute() override;
 
  private:
-  explicit OfiBell(Doorbell* doorbell) : doorbell_(doorbell) {}
-  void Run();
+  OfiBell() : Doorbell(&own_words_) {}
+  void Wake() override;
+  void Listen();
+  void ListenLocked(bool listens);        // needs mutex_
+  void SetTimer(int64_t after_ns) const;  // 0: never
 
-  Doorbell* const doorbell_;
+  DoorbellWords own_words_ = {};
   UniqueFd epoll_;
-  UniqueFd stop_;
+  UniqueFd rung_;   // readable once Wake was called
+  UniqueFd timer_;  // readable some time after Unmute
   std::mutex mutex_;
-  std::unordered_map<uint64_t, std::unique_ptr<Watch>>
-      watches_;               // guarded by mutex_
-  uint64_t next_number_ = 1;  // guarded by mutex_; 0 is stop_
-  std::thread thread_;
+  std::vector<int> fds_;  // guarded by mutex_
+  uint32_t mutes_ = 0;    // guarded by mutex_
+  bool listens_ = true;   // to fds_; guarded by mutex_
 };
 
 }  // namespace jaxfabric

@@ -3,6 +3,7 @@
 #ifdef JAXFABRIC_HAVE_LIBFABRIC
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -66,13 +67,22 @@ Status OfiDomain::Start(const OfiLibrary& library, OfiProvider provider,
   address_.provider = provider;
   address_.nonce = RandomU64();
   address_.job = key_.JobId();
+  TakeName();
+  return Listen();
+}
+
+void OfiDomain::TakeName() {
   const std::span<const std::byte> name = endpoint_->name();
   address_.endpoint_bytes = static_cast<uint32_t>(name.size());
+  address_.endpoint = {};
   std::copy(name.begin(), name.end(), address_.endpoint.begin());
   net_addr_ = ToNetAddr(address_);
-  if (bell_ != nullptr && endpoint_->wait_fd() >= 0) {
-    JF_ASSIGN_OR_RETURN(watch_, bell_->Add(endpoint_->wait_fd()));
-  }
+}
+
+Status OfiDomain::Listen() {
+  if (bell_ == nullptr || endpoint_->wait_fd() < 0) return OkStatus();
+  JF_RETURN_IF_ERROR(bell_->Add(endpoint_->wait_fd()));
+  watched_fd_ = endpoint_->wait_fd();
   return OkStatus();
 }
 
@@ -92,6 +102,7 @@ void OfiDomain::FillCaps() {
       break;
   }
   caps_.write_bytes_max = endpoint_->write_bytes_max();
+  caps_.write_pieces_max = static_cast<uint32_t>(endpoint_->write_pieces_max());
   caps_.message_bytes_max = kOfiMessageBytesMax;
   const size_t depth = std::min(endpoint_->send_depth(), kQueueDepthMax);
   caps_.queue_depth = static_cast<uint32_t>(
@@ -99,22 +110,24 @@ void OfiDomain::FillCaps() {
   // Addresses are added here, from what the peer tells of its memory.
   caps_.address_mode = AddressMode::kOffset;
   caps_.immediate_consumes_receive = endpoint_->immediate_consumes_receive();
-  caps_.immediate_names_peer = false;
+  caps_.immediate_names_peer = endpoint_->names_source();
+  caps_.removal_fences = endpoint_->can_reopen();
   caps_.target_must_poll = true;
   caps_.emulated_writes = endpoint_->emulated_writes();
 }
 
 OfiDomain::~OfiDomain() {
   if (operations_ != nullptr) SayBye();
-  if (watch_ != nullptr) bell_->Remove(watch_);
+  if (watched_fd_ >= 0) bell_->Remove(watched_fd_);
   if (endpoint_ != nullptr) endpoint_->Stop();
 }
 
 void OfiDomain::PostReceive(OfiOperation* operation) {
-  const int64_t posted =
+  if (stopped_ ||
       endpoint_->Receive(operation->buffer, operations_->descriptor(),
-                         kOfiFrameBytesMax, operation);
-  if (posted != 0) unposted_.push_back(operation);
+                         kOfiFrameBytesMax, operation) != 0) {
+    unposted_.push_back(operation);
+  }
 }
 
 StatusOr<uint64_t> OfiDomain::RegisterMemory(const MemoryRegion& region) {
@@ -200,35 +213,61 @@ StatusOr<Posted> OfiDomain::PostWriteImm(PeerId id, LocalSpan local,
                                          RemoteSpan remote, uint64_t length,
                                          std::optional<uint32_t> immediate,
                                          uint64_t cookie) {
+  const Piece all = {0, 0, length};
+  return PostPieces(id, local, remote, {&all, 1}, immediate, cookie);
+}
+
+StatusOr<Posted> OfiDomain::PostPieces(PeerId id, LocalSpan local,
+                                       RemoteSpan remote,
+                                       std::span<const Piece> pieces,
+                                       std::optional<uint32_t> immediate,
+                                       uint64_t cookie) {
   JF_ASSIGN_OR_RETURN(OfiPeer* const peer, FindPeer(id));
+  JF_CHECK(pieces.size() <= caps_.write_pieces_max);
+  std::array<iovec, OfiEndpoint::kWritePiecesMax> from;
+  std::array<fi_rma_iov, OfiEndpoint::kWritePiecesMax> target;
+  void* descriptor = operations_->descriptor();
+  uint64_t length = 0;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& piece = pieces[i];
+    const std::byte* data = operations_->anything();
+    if (piece.length > 0) {
+      data = local.data + piece.local_offset;
+      JF_RETURN_IF_ERROR(regions_.CheckSource({data, local.key}, piece.length));
+      descriptor = memory_.at(local.key).descriptor();
+    }
+    from[i] = {const_cast<std::byte*>(data), piece.length};
+    length += piece.length;
+  }
   if (length > caps_.write_bytes_max) {
     return Status(StatusCode::kInvalidArgument,
                   "a write of " + std::to_string(length) + " bytes exceeds " +
                       caps_.transport + "'s " +
                       std::to_string(caps_.write_bytes_max));
   }
-  const void* data = operations_->anything();
-  void* descriptor = operations_->descriptor();
-  if (length > 0) {
-    JF_RETURN_IF_ERROR(regions_.CheckSource(local, length));
-    data = local.data;
-    descriptor = memory_.at(local.key).descriptor();
+  if (!peer->MayPost() || renewing_) return Posted::kAgain;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    RemoteSpan to = remote;
+    to.offset += pieces[i].remote_offset;
+    JF_ASSIGN_OR_RETURN(const std::optional<OfiRegion> region,
+                        RegionOf(*peer, to, pieces[i].length));
+    if (!region.has_value()) return Posted::kAgain;
+    target[i] = {region->base + to.offset, pieces[i].length,
+                 region->provider_key};
   }
-  if (peer->state != OfiPeer::State::kReady) return Posted::kAgain;
-  JF_ASSIGN_OR_RETURN(const std::optional<OfiRegion> region,
-                      RegionOf(*peer, remote, length));
-  if (!region.has_value() || !HasRoom(*peer)) return Posted::kAgain;
+  if (!HasRoom(*peer)) return Posted::kAgain;
   OfiOperation* const operation = operations_->TakeWrite();
   if (operation == nullptr) return Posted::kAgain;
   operation->kind = OfiOperation::Kind::kWrite;
   operation->peer = peer;
   operation->cookie = cookie;
   const int64_t error = endpoint_->Write(
-      peer->fi_address, data, descriptor, length, region->base + remote.offset,
-      region->provider_key, immediate, operation);
+      peer->fi_address, {from.data(), pieces.size()}, descriptor,
+      {target.data(), pieces.size()}, immediate, operation);
   if (error != 0) return Refused(*peer, operation, error);
   ++posted_;
   ++peer->open;
+  ++peer->posts;
   peer->stuck_ns = 0;
   return Posted::kPosted;
 }
@@ -242,9 +281,7 @@ StatusOr<Posted> OfiDomain::PostSend(PeerId id, std::string_view message,
                       " bytes exceeds " + caps_.transport + "'s " +
                       std::to_string(kOfiMessageBytesMax));
   }
-  if (peer->state != OfiPeer::State::kReady || !HasRoom(*peer)) {
-    return Posted::kAgain;
-  }
+  if (!peer->MayPost() || renewing_ || !HasRoom(*peer)) return Posted::kAgain;
   OfiOperation* const operation = operations_->TakeSend(kFrameReserve);
   if (operation == nullptr) return Posted::kAgain;
   operation->kind = OfiOperation::Kind::kMessage;
@@ -259,6 +296,7 @@ StatusOr<Posted> OfiDomain::PostSend(PeerId id, std::string_view message,
   if (error != 0) return Refused(*peer, operation, error);
   ++posted_;
   ++peer->open;
+  ++peer->posts;
   peer->stuck_ns = 0;
   peer->spoke_ns = MonotonicNanoseconds();
   return Posted::kPosted;
@@ -268,14 +306,20 @@ size_t OfiDomain::Poll(std::span<Completion> completions) {
   for (OfiOperation* operation : std::exchange(unposted_, {})) {
     PostReceive(operation);
   }
-  bool empty = false;
+  bool empty = stopped_;
+  bool heard = false;
   OfiEvent event;
   while (ready_.size() < completions.size() && !empty) {
     empty = !endpoint_->Next(&event);
+    heard |= !empty;
     if (!empty) Handle(event);
   }
   // A loss may be told only after what came before it.
-  if (empty) TendPeers();
+  if (empty && !stopped_) TendPeers();
+  if (renewing_) {
+    if (heard) calm_ns_ = MonotonicNanoseconds();
+    if (empty) TendRenewal();
+  }
   if (frames_waiting_ > 0) {
     for (auto& [nonce, peer] : peers_) {
       while (PumpFrame(*peer)) continue;
@@ -290,17 +334,12 @@ size_t OfiDomain::Poll(std::span<Completion> completions) {
   return count;
 }
 
-// The owner may sleep now. If nothing is left for it, the bell is to ring for
-// what comes.
+// The owner may sleep now; the descriptor wakes it only for what comes from
+// here on.
 void OfiDomain::Rest(bool empty) {
-  if (watch_ == nullptr) return;
-  if (!empty) return doorbell_->Ring();
-  if (watch_->armed()) return;
-  if (endpoint_->MaySleep()) {
-    bell_->Arm(watch_);
-  } else {
-    doorbell_->Ring();
-  }
+  if (watched_fd_ < 0) return;
+  // A renewal is over within milliseconds, and is waited for by all peers.
+  if (!empty || renewing_ || !endpoint_->MaySleep()) doorbell_->Ring();
 }
 
 void OfiDomain::Handle(const OfiEvent& event) {
@@ -317,6 +356,10 @@ void OfiDomain::Handle(const OfiEvent& event) {
       Completion completion;
       completion.kind = Completion::Kind::kImmediate;
       completion.immediate = event.immediate;
+      if (caps_.immediate_names_peer) {
+        const auto source = by_source_.find(event.source);
+        if (source != by_source_.end()) completion.peer = source->second->id;
+      }
       ready_.push_back(std::move(completion));
       if (caps_.immediate_consumes_receive && operation != nullptr) {
         PostReceive(operation);
@@ -329,7 +372,11 @@ void OfiDomain::Handle(const OfiEvent& event) {
           {operation->buffer, std::min(event.bytes, kOfiFrameBytesMax)}, key_,
           address_.nonce);
       // What is not of this job is dropped, whoever sent it.
-      if (frame.has_value()) OnFrame(*frame);
+      if (frame.has_value()) {
+        OnFrame(*frame);
+      } else {
+        ++refused_frames_;
+      }
       PostReceive(operation);
       break;
     }
@@ -342,11 +389,14 @@ void OfiDomain::OnDone(OfiOperation* operation) {
   OfiPeer& peer = *operation->peer;
   --peer.open;
   peer.failures = 0;
+  peer.greeted |= operation->kind == OfiOperation::Kind::kFrame &&
+                  operation->frame == OfiFrameKind::kHello;
   if (operation->kind == OfiOperation::Kind::kWrite) {
     peer.heard_ns = MonotonicNanoseconds();  // its end has said so
   }
   if (operation->kind != OfiOperation::Kind::kFrame) {
     --posted_;
+    --peer.posts;
     Completion completion;
     completion.kind = operation->kind == OfiOperation::Kind::kWrite
                           ? Completion::Kind::kWriteDone
@@ -356,11 +406,12 @@ void OfiDomain::OnDone(OfiOperation* operation) {
     ready_.push_back(std::move(completion));
   }
   operations_->GiveBack(operation);
+  AnswerPause(peer);
 }
 
 void OfiDomain::OnFailed(OfiOperation* operation, const std::string& error) {
   if (operation->kind == OfiOperation::Kind::kReceive) {
-    PostReceive(operation);  // too long for a frame: not of ours
+    unposted_.push_back(operation);  // too long for a frame: not of ours
     return;
   }
   OfiPeer& peer = *operation->peer;
@@ -371,6 +422,7 @@ void OfiDomain::OnFailed(OfiOperation* operation, const std::string& error) {
                           DescribeEndpoint(peer.address) + ": " + error);
   if (kind != OfiOperation::Kind::kFrame) {
     --posted_;
+    --peer.posts;
     Completion completion;
     completion.kind = Completion::Kind::kError;
     completion.peer = peer.id;
@@ -379,6 +431,7 @@ void OfiDomain::OnFailed(OfiOperation* operation, const std::string& error) {
     ready_.push_back(std::move(completion));
   }
   operations_->GiveBack(operation);
+  AnswerPause(peer);
   peer.spoke_ns = 0;  // a ping now shows whether the peer lives
   if (kind == OfiOperation::Kind::kWrite) return;
   peer.repeat_ns = 0;

@@ -6,6 +6,10 @@
 // source instead of costing the connection. Until the answer is there, posts
 // give kAgain. Peers that are idle are pinged, so that a death is noticed by
 // those who only wait.
+//
+// Only closing its endpoint takes back what is posted to a peer, and keeps out
+// what a peer has posted. So a Domain renews its endpoint when it has to: the
+// other peers pause, it opens another one, and says hello anew.
 
 #ifndef JAXFABRIC_TRANSPORT_OFI_DOMAIN_H_
 #define JAXFABRIC_TRANSPORT_OFI_DOMAIN_H_
@@ -33,43 +37,11 @@
 #include "transport/ofi_frame.h"
 #include "transport/ofi_nic.h"
 #include "transport/ofi_operations.h"
+#include "transport/ofi_peer.h"
 #include "transport/region_table.h"
-#include "transport/tcp_probe.h"
 #include "transport/transport.h"
 
 namespace jaxfabric {
-
-// Another Domain that this one knows: added by its owner, or because it said
-// hello, or both.
-struct OfiPeer {
-  struct Outgoing {
-    OfiFrameKind kind;
-    uint64_t argument = 0;
-    std::string payload;
-  };
-  enum class State { kGreeting, kReady, kLost };
-
-  OfiAddress address;
-  fi_addr_t fi_address = FI_ADDR_NOTAVAIL;
-  PeerId id = kUnknownPeer;  // of the owner; unknown if it has not added it
-  State state = State::kGreeting;
-  Status lost;            // why it is kLost
-  int64_t lost_ns = 0;    // when
-  bool loss_due = false;  // the owner was not told yet
-  uint32_t open = 0;      // operations posted and not completed
-  uint32_t failures = 0;  // frames that failed in a row
-  std::deque<Outgoing> frames;
-  // What is known of its memory, by key; nothing yet: asked.
-  std::unordered_map<uint64_t, std::optional<OfiRegion>> regions;
-  // Keys of ours that it has asked for.
-  std::unordered_set<uint64_t> told;
-  int64_t heard_ns = 0;   // when something came from it
-  int64_t spoke_ns = 0;   // when something was posted to it
-  int64_t stuck_ns = 0;   // since when libfabric takes nothing; 0: it does
-  int64_t repeat_ns = 0;  // when to ask again for what we wait for
-  int64_t next_probe_ns = 0;
-  std::optional<TcpProbe> probe;
-};
 
 class OfiDomain final : public Domain {
  public:
@@ -86,13 +58,20 @@ class OfiDomain final : public Domain {
   Status UnregisterMemory(uint64_t key) override;
   StatusOr<PeerId> AddPeer(const NetAddr& net_addr, Deadline deadline) override;
   void RemovePeer(PeerId peer) override;
+  void FencePeer(PeerId peer) override;
+  bool IsFenced(PeerId peer) const override { return !fencing_.contains(peer); }
   StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local, RemoteSpan remote,
                                 uint64_t length,
                                 std::optional<uint32_t> immediate,
                                 uint64_t cookie) override;
+  StatusOr<Posted> PostPieces(PeerId peer, LocalSpan local, RemoteSpan remote,
+                              std::span<const Piece> pieces,
+                              std::optional<uint32_t> immediate,
+                              uint64_t cookie) override;
   StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
                             uint64_t cookie) override;
   size_t Poll(std::span<Completion> completions) override;
+  uint64_t refused_frames() const override { return refused_frames_; }
   std::byte* DirectPointer(PeerId, RemoteSpan, uint64_t) override {
     return nullptr;
   }
@@ -103,6 +82,8 @@ class OfiDomain final : public Domain {
   Status Start(const OfiLibrary& library, OfiProvider provider,
                const fi_info& info);
   void FillCaps();
+  void TakeName();  // of the endpoint, into our address
+  Status Listen();  // by bell_
   void PostReceive(OfiOperation* operation);
 
   // ofi_domain.cc: posts and completions.
@@ -122,6 +103,9 @@ class OfiDomain final : public Domain {
 
   // ofi_domain_peers.cc: who is there.
   StatusOr<OfiPeer*> TakeIn(const OfiAddress& address);
+  Status Insert(OfiPeer& peer);
+  // It has another endpoint now.
+  Status Move(OfiPeer& peer, const OfiAddress& address);
   void Forget(OfiPeer* peer);
   void Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument = 0,
             std::string payload = "");
@@ -131,13 +115,25 @@ class OfiDomain final : public Domain {
   void OnHello(const OfiFrame& frame);
   void OnAnswer(OfiPeer& peer, const OfiFrame& frame);
   void NoteRefusal(OfiPeer& peer);
-  void Lose(OfiPeer& peer, Status why);
+  // `tell`: it is told, if that is still possible.
+  void Lose(OfiPeer& peer, Status why, bool tell = true);
   // Reports a loss, once nothing is open towards the peer.
   void ReportLoss(OfiPeer& peer, int64_t now_ns);
   void TendPeers();
   void TendPeer(OfiPeer& peer, int64_t now_ns);
+  bool IsAnswered(OfiPeer& peer);
   void ProbePeer(OfiPeer& peer, int64_t now_ns);
   void SayBye();
+
+  // ofi_domain_renewal.cc: another endpoint.
+  void BeginRenewal();
+  void TendRenewal();
+  bool IsQuiet(int64_t now_ns) const;
+  void Renew();
+  void CloseEndpoint();
+  void WelcomeBack();
+  void OnPause(OfiPeer& peer);
+  void AnswerPause(OfiPeer& peer);
 
   const JobKey key_;
   OfiBell* const bell_;
@@ -151,15 +147,24 @@ class OfiDomain final : public Domain {
   std::unique_ptr<OfiEndpoint> endpoint_;
   std::unique_ptr<OfiOperations> operations_;
   std::unordered_map<uint64_t, OfiMemory> memory_;  // by exported key
-  OfiBell::Watch* watch_ = nullptr;
+  int watched_fd_ = -1;                             // by bell_
 
   std::unordered_map<uint64_t, std::unique_ptr<OfiPeer>> peers_;  // by nonce
+  std::unordered_map<fi_addr_t, OfiPeer*> by_source_;
   std::vector<OfiPeer*> ids_;  // by PeerId; null once removed
   uint32_t posted_ = 0;        // writes and messages of the owner
   std::deque<Completion> ready_;
   std::vector<OfiOperation*> unposted_;  // receives that were refused
   size_t frames_waiting_ = 0;            // of all peers
   int64_t tended_ns_ = 0;
+  uint64_t refused_frames_ = 0;
+
+  bool renewing_ = false;
+  bool stopped_ = false;                // there is no endpoint
+  int64_t renewal_ns_ = 0;              // when it began
+  int64_t calm_ns_ = 0;                 // since when nothing has come
+  std::unordered_set<PeerId> fencing_;  // until the endpoint is renewed
+  Status broken_;                       // why there is no new endpoint
 };
 
 }  // namespace jaxfabric

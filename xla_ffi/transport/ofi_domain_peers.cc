@@ -22,12 +22,19 @@ constexpr int64_t kStuckNs = 100 * kMillisecond;
 // What got no answer is said again.
 constexpr int64_t kRepeatNs = 1000 * kMillisecond;
 // Of two Domains that add each other, one leaves the first word to the other:
-// libfabric's tcp loses a descriptor where connections cross.
+// libfabric's tcp was seen to lose a descriptor where connections cross (not in
+// 60 crossings of a program of libfabric calls alone, so rarely), and each end
+// then pays for two connections.
 constexpr int64_t kCourtesyNs = 30 * kMillisecond;
 constexpr int64_t kProbePeriodNs = 1000 * kMillisecond;
 // A network may be away for seconds, a process stopped for as long. Operations
 // have deadlines of their own; this is for hosts that vanish without a word.
 constexpr int64_t kSilenceNs = 30'000 * kMillisecond;
+// A peer that is about to renew its endpoint is back within milliseconds.
+constexpr int64_t kPauseMaxNs = 5'000 * kMillisecond;
+// What is posted to a peer that was removed may take so long to end by itself;
+// then it is taken back.
+constexpr int64_t kRemovedNs = 300 * kMillisecond;
 // A loss is reported although posts are still open after this.
 constexpr int64_t kLossDelayNs = 1000 * kMillisecond;
 // Posts and farewells may take so long to leave when a Domain closes.
@@ -38,11 +45,15 @@ constexpr double kByeSeconds = 0.1;
 StatusOr<OfiPeer*> OfiDomain::TakeIn(const OfiAddress& address) {
   const auto found = peers_.find(address.nonce);
   if (found != peers_.end()) {
-    if (found->second->address != address) {
+    OfiPeer& known = *found->second;
+    if (address.generation > known.address.generation) {
+      JF_RETURN_IF_ERROR(Move(known, address));
+    } else if (address.generation == known.address.generation &&
+               address != known.address) {
       return Status(StatusCode::kInvalidArgument,
                     "two addresses claim to be the same Domain");
     }
-    return found->second.get();
+    return &known;
   }
   if (peers_.size() >= kPeersMax) {
     return Status(
@@ -51,18 +62,44 @@ StatusOr<OfiPeer*> OfiDomain::TakeIn(const OfiAddress& address) {
   }
   auto peer = std::make_unique<OfiPeer>();
   peer->address = address;
-  JF_ASSIGN_OR_RETURN(
-      peer->fi_address,
-      endpoint_->Insert({address.endpoint.data(), address.endpoint_bytes}));
+  JF_RETURN_IF_ERROR(Insert(*peer));
   peer->heard_ns = MonotonicNanoseconds();  // the benefit of the doubt
   OfiPeer* const result = peer.get();
   peers_[address.nonce] = std::move(peer);
   return result;
 }
 
+Status OfiDomain::Insert(OfiPeer& peer) {
+  JF_RETURN_IF_ERROR(broken_);
+  JF_ASSIGN_OR_RETURN(peer.fi_address,
+                      endpoint_->Insert({peer.address.endpoint.data(),
+                                         peer.address.endpoint_bytes}));
+  by_source_[peer.fi_address] = &peer;
+  return OkStatus();
+}
+
+// What comes from its former endpoint may still be on the way.
+Status OfiDomain::Move(OfiPeer& peer, const OfiAddress& address) {
+  if (peer.state == OfiPeer::State::kLost) return peer.lost;
+  const fi_addr_t former = peer.fi_address;
+  peer.address = address;
+  JF_RETURN_IF_ERROR(Insert(peer));
+  peer.former.push_back(former);
+  peer.state = OfiPeer::State::kGreeting;
+  peer.pauses_us = peer.pause_due = false;
+  peer.failures = 0;
+  peer.stuck_ns = peer.repeat_ns = 0;
+  peer.probe.reset();
+  peer.must_listen.reset();
+  return OkStatus();
+}
+
 void OfiDomain::Forget(OfiPeer* peer) {
   frames_waiting_ -= peer->frames.size();
-  endpoint_->Remove(peer->fi_address);
+  peer->former.push_back(peer->fi_address);
+  for (const fi_addr_t address : peer->former) {
+    if (by_source_.erase(address) > 0) endpoint_->Remove(address);
+  }
   peers_.erase(peer->address.nonce);
 }
 
@@ -71,34 +108,23 @@ StatusOr<PeerId> OfiDomain::AddPeer(const NetAddr& net_addr,
   JF_ASSIGN_OR_RETURN(
       const OfiAddress address,
       ParseOfiAddress(net_addr, address_.provider, address_.job));
-  const auto known = peers_.find(address.nonce);
-  if (known == peers_.end() && address.provider == OfiProvider::kTcp) {
-    TcpProbe probe({address.endpoint.data(), address.endpoint_bytes});
-    switch (probe.Wait(deadline)) {
-      case TcpProbe::Result::kListens:
-        break;
-      case TcpProbe::Result::kRefused:
-        return Status(StatusCode::kNotFound,
-                      "stale ofi/tcp address: nobody listens at " +
-                          DescribeEndpoint(address) +
-                          "; its process has ended or closed its Domain");
-      case TcpProbe::Result::kUnreachable:
-        return Status(StatusCode::kUnavailable,
-                      DescribeEndpoint(address) +
-                          " cannot be reached from this host; choose "
-                          "interfaces of one network with JAXFABRIC_NICS");
-      case TcpProbe::Result::kPending:
-        return Status(StatusCode::kDeadlineExceeded,
-                      "no answer from " + DescribeEndpoint(address) +
-                          " in time; is a firewall in between, or is it of "
-                          "another network (JAXFABRIC_NICS)?");
-    }
-  }
+  const bool is_new = !peers_.contains(address.nonce);
   JF_ASSIGN_OR_RETURN(OfiPeer* const peer, TakeIn(address));
   JF_RETURN_IF_ERROR(peer->lost);
+  if (fencing_.contains(peer->id)) {
+    return Status(StatusCode::kUnavailable,
+                  "what the peer posted earlier is still being kept out");
+  }
   if (peer->id != kUnknownPeer) return peer->id;
   peer->id = static_cast<PeerId>(ids_.size());
+  peer->condemned = false;
   ids_.push_back(peer);
+  if (is_new && address.provider == OfiProvider::kTcp) {
+    // Whoever calls must not wait for a network that says nothing.
+    peer->must_listen = deadline;
+    peer->probe.emplace(std::span<const std::byte>(address.endpoint.data(),
+                                                   address.endpoint_bytes));
+  }
   if (peer->state == OfiPeer::State::kGreeting) {
     const bool waits = address_.nonce > address.nonce;
     peer->repeat_ns = MonotonicNanoseconds() + (waits ? kCourtesyNs : 0);
@@ -115,6 +141,7 @@ void OfiDomain::RemovePeer(PeerId id) {
   peer.id = kUnknownPeer;
   peer.loss_due = false;
   peer.regions.clear();
+  peer.removed_ns = MonotonicNanoseconds();
 }
 
 void OfiDomain::Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument,
@@ -125,10 +152,15 @@ void OfiDomain::Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument,
 }
 
 bool OfiDomain::PumpFrame(OfiPeer& peer) {
-  if (peer.frames.empty() || peer.state == OfiPeer::State::kLost) return false;
+  if (peer.frames.empty() || stopped_) return false;
+  const OfiPeer::Outgoing& frame = peer.frames.front();
+  // It is about to close the endpoint that this would go to.
+  if (peer.pauses_us && !peer.pause_due &&
+      frame.kind != OfiFrameKind::kPaused) {
+    return false;
+  }
   OfiOperation* const operation = operations_->TakeSend(0);
   if (operation == nullptr) return false;
-  const OfiPeer::Outgoing& frame = peer.frames.front();
   operation->kind = OfiOperation::Kind::kFrame;
   operation->peer = &peer;
   operation->frame = frame.kind;
@@ -141,7 +173,7 @@ bool OfiDomain::PumpFrame(OfiPeer& peer) {
                       operations_->descriptor(), bytes, operation);
   if (error != 0) {
     const StatusOr<Posted> refused = Refused(peer, operation, error);
-    if (!refused.ok()) Lose(peer, refused.status());
+    if (!refused.ok()) Lose(peer, refused.status(), /*tell=*/false);
     return false;
   }
   peer.frames.pop_front();
@@ -160,9 +192,12 @@ void OfiDomain::OnFrame(const OfiFrame& frame) {
   if (frame.kind == OfiFrameKind::kHello) return OnHello(frame);
   const auto found = peers_.find(frame.sender);
   OfiPeer* const peer = found == peers_.end() ? nullptr : found->second.get();
-  if (peer != nullptr) {
-    if (peer->state == OfiPeer::State::kLost) return;
-    peer->heard_ns = MonotonicNanoseconds();
+  const bool lost = peer != nullptr && peer->state == OfiPeer::State::kLost;
+  if (peer != nullptr && !lost) peer->heard_ns = MonotonicNanoseconds();
+  // Its sender is told that a message has come, so it comes: also from a peer
+  // that is lost, where its owner still has to fence it.
+  if (lost && !(caps_.removal_fences && frame.kind == OfiFrameKind::kMessage)) {
+    return;
   }
   if (frame.kind == OfiFrameKind::kMessage) {
     Completion completion;
@@ -176,6 +211,15 @@ void OfiDomain::OnFrame(const OfiFrame& frame) {
   switch (frame.kind) {
     case OfiFrameKind::kWelcome:
       peer->state = OfiPeer::State::kReady;
+      peer->greeted = true;
+      peer->must_listen.reset();
+      AnswerPause(*peer);
+      break;
+    case OfiFrameKind::kPause:
+      OnPause(*peer);
+      break;
+    case OfiFrameKind::kPaused:
+      peer->has_paused = renewing_;
       break;
     case OfiFrameKind::kAsk: {
       OfiRegion region;
@@ -199,7 +243,9 @@ void OfiDomain::OnFrame(const OfiFrame& frame) {
       break;
     case OfiFrameKind::kBye:
       Lose(*peer,
-           Status(StatusCode::kUnavailable, "the peer closed its Domain"));
+           Status(StatusCode::kUnavailable,
+                  "the peer closed its Domain, or has lost this one"),
+           /*tell=*/false);
       break;
     default:
       break;
@@ -213,11 +259,18 @@ void OfiDomain::OnHello(const OfiFrame& frame) {
   const StatusOr<OfiPeer*> taken = TakeIn(*address);
   if (!taken.ok()) return;
   OfiPeer& peer = **taken;
-  if (peer.state == OfiPeer::State::kLost) return;
+  if (peer.state == OfiPeer::State::kLost || peer.condemned ||
+      address->generation < peer.address.generation) {
+    return;
+  }
   peer.heard_ns = MonotonicNanoseconds();
   // It has taken us in before it said hello.
   peer.state = OfiPeer::State::kReady;
+  peer.must_listen.reset();
+  peer.greeted = true;
   Tell(peer, OfiFrameKind::kWelcome);
+  // It has not heard of this, at least not at its present endpoint.
+  if (renewing_) Tell(peer, OfiFrameKind::kPause);
 }
 
 void OfiDomain::OnAnswer(OfiPeer& peer, const OfiFrame& frame) {
@@ -231,15 +284,19 @@ void OfiDomain::OnAnswer(OfiPeer& peer, const OfiFrame& frame) {
   asked->second = region;
 }
 
-void OfiDomain::Lose(OfiPeer& peer, Status why) {
+void OfiDomain::Lose(OfiPeer& peer, Status why, bool tell) {
   if (peer.state == OfiPeer::State::kLost) return;
+  frames_waiting_ -= peer.frames.size();
+  peer.frames.clear();
+  if (tell && peer.state == OfiPeer::State::kReady) {
+    Tell(peer, OfiFrameKind::kBye);
+  }
   peer.state = OfiPeer::State::kLost;
   peer.lost = std::move(why);
   peer.lost_ns = MonotonicNanoseconds();
-  peer.loss_due = peer.id != kUnknownPeer;
-  frames_waiting_ -= peer.frames.size();
-  peer.frames.clear();
+  peer.loss_due = peer.id != kUnknownPeer && !peer.condemned;
   peer.probe.reset();
+  peer.must_listen.reset();
   ReportLoss(peer, peer.lost_ns);
 }
 
@@ -263,9 +320,24 @@ void OfiDomain::TendPeers() {
   for (auto& [nonce, peer] : peers_) {
     if (peer->state != OfiPeer::State::kLost) TendPeer(*peer, now_ns);
     ReportLoss(*peer, now_ns);
-    const bool needless = peer->state == OfiPeer::State::kLost &&
-                          peer->id == kUnknownPeer && peer->open == 0;
-    if (needless) gone.push_back(peer.get());
+    const bool removed = peer->id == kUnknownPeer;
+    const bool lost = peer->state == OfiPeer::State::kLost;
+    if (lost && now_ns - peer->lost_ns > kLossDelayNs) {
+      frames_waiting_ -= peer->frames.size();  // a farewell that finds no way
+      peer->frames.clear();
+    }
+    if (lost && removed && peer->open == 0 && peer->frames.empty()) {
+      gone.push_back(peer.get());
+    } else if (removed && peer->posts > 0 && caps_.removal_fences &&
+               now_ns - peer->removed_ns > kRemovedNs) {
+      peer->condemned = true;
+      BeginRenewal();
+    }
+    if (!peer->former.empty() && peer->open == 0) {
+      for (const fi_addr_t address : std::exchange(peer->former, {})) {
+        if (by_source_.erase(address) > 0) endpoint_->Remove(address);
+      }
+    }
   }
   for (OfiPeer* peer : gone) Forget(peer);
 }
@@ -278,6 +350,16 @@ void OfiDomain::TendPeer(OfiPeer& peer, int64_t now_ns) {
                          " for " + std::to_string(kSilenceNs / 1'000'000'000) +
                          " s: its host or the network is down"));
   }
+  if (peer.pauses_us) {
+    if (now_ns - peer.pauses_us_ns > kPauseMaxNs) {
+      Lose(peer, Status(StatusCode::kUnavailable,
+                        DescribeEndpoint(peer.address) +
+                            " was about to open another endpoint, and did not "
+                            "come back"));
+    }
+    return;
+  }
+  if (peer.state == OfiPeer::State::kGreeting && !IsAnswered(peer)) return;
   if (peer.stuck_ns != 0) ProbePeer(peer, now_ns);
   if (!peer.frames.empty() || peer.state == OfiPeer::State::kLost) return;
   if (now_ns >= peer.repeat_ns) {
@@ -293,6 +375,37 @@ void OfiDomain::TendPeer(OfiPeer& peer, int64_t now_ns) {
       now_ns - peer.spoke_ns > kPingPeriodNs) {
     Tell(peer, OfiFrameKind::kPing);
   }
+}
+
+// Whether somebody listens where a new peer is said to be.
+bool OfiDomain::IsAnswered(OfiPeer& peer) {
+  if (!peer.must_listen.has_value()) return true;
+  const std::string where = DescribeEndpoint(peer.address);
+  switch (peer.probe->Poll()) {
+    case TcpProbe::Result::kListens:
+      peer.probe.reset();
+      peer.must_listen.reset();
+      return true;
+    case TcpProbe::Result::kRefused:
+      Lose(peer, Status(StatusCode::kNotFound,
+                        "stale ofi/tcp address: nobody listens at " + where +
+                            "; its process has ended or closed its Domain"));
+      return false;
+    case TcpProbe::Result::kUnreachable:
+      Lose(peer,
+           Status(StatusCode::kUnavailable,
+                  where + " cannot be reached from this host; choose "
+                          "interfaces of one network with JAXFABRIC_NICS"));
+      return false;
+    case TcpProbe::Result::kPending:
+      if (!peer.must_listen->Expired()) return false;
+      Lose(peer, Status(StatusCode::kDeadlineExceeded,
+                        "no answer from " + where +
+                            " in time; is a firewall in between, or is it of "
+                            "another network (JAXFABRIC_NICS)?"));
+      return false;
+  }
+  return false;
 }
 
 void OfiDomain::ProbePeer(OfiPeer& peer, int64_t now_ns) {
@@ -311,9 +424,11 @@ void OfiDomain::ProbePeer(OfiPeer& peer, int64_t now_ns) {
   }
   peer.probe.reset();
   if (result == TcpProbe::Result::kRefused) {
-    Lose(peer, Status(StatusCode::kUnavailable,
-                      "nobody listens at " + DescribeEndpoint(peer.address) +
-                          " any more: its process has ended"));
+    Lose(peer,
+         Status(StatusCode::kUnavailable,
+                "nobody listens at " + DescribeEndpoint(peer.address) +
+                    " any more: its process has ended"),
+         /*tell=*/false);
   }
 }
 

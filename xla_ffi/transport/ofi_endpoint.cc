@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
+
+#include "base/check.h"
 
 namespace jaxfabric {
 namespace {
@@ -26,8 +29,8 @@ constexpr size_t kRnrRetryForEver = 7;
 constexpr size_t kQueueEntries = 16384;
 constexpr size_t kQueueEntriesMin = 1024;
 
-// Of a write; an address of 32 bits or a length that overflows signed types
-// stays out of reach, and nothing is lost by cutting there.
+// Of a write where the device gives no limit of its own: no length overflows a
+// type of 32 bits in between, and nothing is lost by cutting there.
 constexpr uint64_t kWriteBytesMax = uint64_t{1} << 30;
 
 bool IsEfa(OfiProvider provider) {
@@ -47,12 +50,23 @@ StatusOr<std::unique_ptr<OfiEndpoint>> OfiEndpoint::Open(
     const OfiLibrary& library, OfiProvider provider, const fi_info& info) {
   std::unique_ptr<OfiEndpoint> endpoint(
       new OfiEndpoint(library, provider, info));
+  JF_RETURN_IF_ERROR(endpoint->OpenDevice());
   JF_RETURN_IF_ERROR(endpoint->OpenObjects());
   JF_RETURN_IF_ERROR(endpoint->Enable());
   return endpoint;
 }
 
-Status OfiEndpoint::OpenObjects() {
+Status OfiEndpoint::Reopen() {
+  JF_CHECK(endpoint_ == nullptr);
+  errors_.reset();
+  queue_.reset();
+  addresses_.reset();
+  batch_next_ = batch_size_ = 0;
+  JF_RETURN_IF_ERROR(OpenObjects());
+  return Enable();
+}
+
+Status OfiEndpoint::OpenDevice() {
   fid_fabric* fabric = nullptr;
   int error = library_.OpenFabric(info_.get(), &fabric);
   if (error != 0) return Failed("fi_fabric", error);
@@ -61,15 +75,19 @@ Status OfiEndpoint::OpenObjects() {
   error = fi_domain(fabric, info_.get(), &domain, nullptr);
   if (error != 0) return Failed("fi_domain", error);
   domain_.reset(domain);
+  return OkStatus();
+}
+
+Status OfiEndpoint::OpenObjects() {
   fi_av_attr table = {};
   table.type = FI_AV_TABLE;
   fid_av* addresses = nullptr;
-  error = fi_av_open(domain, &table, &addresses, nullptr);
+  int error = fi_av_open(domain_.get(), &table, &addresses, nullptr);
   if (error != 0) return Failed("fi_av_open", error);
   addresses_.reset(addresses);
   JF_RETURN_IF_ERROR(OpenQueue());
   fid_ep* endpoint = nullptr;
-  error = fi_endpoint(domain, info_.get(), &endpoint, nullptr);
+  error = fi_endpoint(domain_.get(), info_.get(), &endpoint, nullptr);
   if (error != 0) return Failed("fi_endpoint", error);
   endpoint_.reset(endpoint);
   return OkStatus();
@@ -175,11 +193,18 @@ void OfiEndpoint::ReadOptions() {
   if (IsEfa(provider_)) {
     size_t most = 0;
     if (get(kOptMaxRmaSize, &most) && most > 0) {
-      write_bytes_max_ = std::min<uint64_t>(write_bytes_max_, most);
+      write_bytes_max_ = most;
     }
     bool emulated = false;
     emulated_writes_ = get(kOptEfaEmulatedWrite, &emulated) && emulated;
   }
+  // The layers that libfabric 1 puts over its tcp name the wrong source for
+  // writes, and crash when they are closed with posts open.
+  const std::string_view driver = info_->fabric_attr->prov_name;
+  const bool trusted = FI_MAJOR(library_.NumericVersion()) >= 2 &&
+                       (driver == "tcp" || (driver == "efa"));
+  names_source_ = trusted && (info_->caps & FI_SOURCE) != 0;
+  can_reopen_ = trusted && !HasMode(FI_MR_ENDPOINT);
   // "Done" means that the bytes are there. A device's writes end no sooner;
   // software would otherwise report that it has passed them on.
   if (!IsEfa(provider_) || emulated_writes_) {
@@ -236,19 +261,24 @@ void OfiEndpoint::Remove(fi_addr_t address) {
   (void)fi_av_remove(addresses_.get(), &address, 1, 0);
 }
 
-int64_t OfiEndpoint::Write(fi_addr_t to, const void* data, void* descriptor,
-                           uint64_t bytes, uint64_t remote_address,
-                           uint64_t remote_key,
+size_t OfiEndpoint::write_pieces_max() const {
+  const size_t most =
+      std::min(info_->tx_attr->iov_limit, info_->tx_attr->rma_iov_limit);
+  return std::clamp<size_t>(most, 1, kWritePiecesMax);
+}
+
+int64_t OfiEndpoint::Write(fi_addr_t to, std::span<const iovec> from,
+                           void* descriptor, std::span<const fi_rma_iov> target,
                            std::optional<uint32_t> immediate, void* context) {
-  const iovec source = {const_cast<void*>(data), bytes};
-  const fi_rma_iov target = {remote_address, bytes, remote_key};
+  std::array<void*, kWritePiecesMax> descriptors;
+  descriptors.fill(descriptor);
   fi_msg_rma message = {};
-  message.msg_iov = &source;
-  message.desc = &descriptor;
-  message.iov_count = 1;
+  message.msg_iov = from.data();
+  message.desc = descriptors.data();
+  message.iov_count = from.size();
   message.addr = to;
-  message.rma_iov = &target;
-  message.rma_iov_count = 1;
+  message.rma_iov = target.data();
+  message.rma_iov_count = target.size();
   message.context = context;
   message.data = immediate.value_or(0);
   const uint64_t flags = FI_COMPLETION | write_flags_ |
@@ -271,7 +301,9 @@ bool OfiEndpoint::Next(OfiEvent* event) {
   if (batch_next_ == batch_size_) {
     batch_next_ = batch_size_ = 0;
     const ssize_t count =
-        fi_cq_read(queue_.get(), batch_.data(), batch_.size());
+        names_source_ ? fi_cq_readfrom(queue_.get(), batch_.data(),
+                                       batch_.size(), sources_.data())
+                      : fi_cq_read(queue_.get(), batch_.data(), batch_.size());
     if (count == -FI_EAVAIL) {
       ReadError(event);
       return true;
@@ -279,6 +311,7 @@ bool OfiEndpoint::Next(OfiEvent* event) {
     if (count <= 0) return false;
     batch_size_ = static_cast<size_t>(count);
   }
+  event->source = sources_[batch_next_];
   const fi_cq_data_entry& entry = batch_[batch_next_++];
   event->context = entry.op_context;
   event->bytes = entry.len;

@@ -25,7 +25,11 @@ enum class OfiFrameKind : uint16_t {
   kAsk = 5,      // argument: a memory key; which memory is it?
   kAnswer = 6,   // argument: that key; payload: OfiRegion
   kGone = 7,     // argument: a key that we asked for and that ends
-  kBye = 8,      // the sender's Domain closes
+  kBye = 8,      // the sender's Domain closes, or has lost us
+  // The sender is about to close its endpoint and open another: post nothing to
+  // it until it says hello. kPaused: all that was posted to it has ended.
+  kPause = 9,
+  kPaused = 10,
 };
 
 // What a memory key stands for. Length 0: the target has no such region.

@@ -48,6 +48,7 @@ class OfiLibrary {
   // What a libfabric error number, of either sign, means.
   std::string ErrorText(int64_t error) const;
   std::string Version() const;
+  uint32_t NumericVersion() const { return version_(); }
 
  private:
   OfiLibrary() = default;

@@ -13,6 +13,8 @@ namespace jaxfabric {
 namespace {
 
 constexpr char kLoopback[] = "lo";
+// Domains of one rank.
+constexpr size_t kNicsMax = 8;
 
 // Which provider of libfabric, and which of its fabrics, stand behind ours.
 struct Names {
@@ -39,8 +41,12 @@ OfiLibrary::Info Hints(const OfiLibrary& library, OfiProvider provider,
   OfiLibrary::Info hints = library.NewInfo();
   const Names names = NamesOf(provider);
   hints->caps = FI_MSG | FI_SEND | FI_RECV | FI_RMA | FI_WRITE |
-                FI_REMOTE_WRITE | FI_LOCAL_COMM;
-  if (provider != OfiProvider::kShm) hints->caps |= FI_REMOTE_COMM;
+                FI_REMOTE_WRITE | FI_LOCAL_COMM | FI_SOURCE;
+  // tcp itself, not a layer over it, is found on loopback only by those who do
+  // not ask for this; all its interfaces can do it.
+  const bool host_only =
+      provider == OfiProvider::kShm || provider == OfiProvider::kTcp;
+  if (!host_only) hints->caps |= FI_REMOTE_COMM;
   hints->mode = FI_CONTEXT | FI_CONTEXT2;
   if (receives_for_data) hints->mode |= FI_RX_CQ_DATA;
   hints->ep_attr->type = FI_EP_RDM;
@@ -127,6 +133,13 @@ StatusOr<std::vector<OfiNic>> SelectOfiNics(
     const std::vector<std::string>& wanted) {
   std::vector<std::string> names = wanted;
   if (names.empty() && provider == OfiProvider::kTcp) names = {kLoopback};
+  if (names.size() > kNicsMax) {
+    return Status(StatusCode::kInvalidArgument,
+                  std::to_string(names.size()) +
+                      " interfaces are named, and a rank uses at most " +
+                      std::to_string(kNicsMax) +
+                      "; name the best of them in JAXFABRIC_NICS");
+  }
   std::vector<OfiNic> selected;
   for (const std::string& name : names) {
     const auto found =

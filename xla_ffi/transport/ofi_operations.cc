@@ -38,6 +38,14 @@ StatusOr<std::unique_ptr<OfiOperations>> OfiOperations::Open(
   return operations;
 }
 
+std::vector<OfiOperation*> OfiOperations::Posted() {
+  std::vector<OfiOperation*> posted;
+  for (OfiOperation& operation : all_) {
+    if (operation.peer != nullptr) posted.push_back(&operation);
+  }
+  return posted;
+}
+
 }  // namespace jaxfabric
 
 #endif  // JAXFABRIC_HAVE_LIBFABRIC

@@ -51,6 +51,9 @@ class OfiOperations {
         .push_back(operation);
   }
 
+  // Those that were posted and have not ended, receives aside.
+  std::vector<OfiOperation*> Posted();
+
   void* descriptor() const { return memory_.descriptor(); }
   // Registered, for writes of no bytes.
   const std::byte* anything() const { return buffers_.get(); }

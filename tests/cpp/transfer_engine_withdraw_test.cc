@@ -1,0 +1,126 @@
+// Regions that are unregistered while peers write into them.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "engine/transfer_engine.h"
+#include "tests/cpp/transfer_faults.h"
+
+namespace jaxfabric {
+namespace {
+
+using testing::HasSubstr;
+
+class TransferWithdrawTest : public TransferFaultsTest {
+ protected:
+  static constexpr uint64_t kLength = 200'000;
+  static FakeOptions Slow() {
+    return {
+        .delay_max_ns = 20'000'000, .queue_depth = 16, .write_bytes_max = 1000};
+  }
+  static TransferEngine::Submitted Write(TransferNode& from,
+                                         const RegionAddress& to, uint32_t id) {
+    return from.engine->SubmitSingleWrite(from.region, 0, to, 0, kLength, id);
+  }
+};
+
+TEST_F(TransferWithdrawTest, UnregisteringWaitsForPeersWritesAndEndsThem) {
+  auto a = Open({}, nullptr, Slow());
+  auto b = Open({}, nullptr, Slow());
+  a->Connect(*b);
+  const RegionId region = *b->engine->AllocateMemory(kLength);
+  const RegionAddress address = *b->engine->Describe(region);
+  const auto memory = b->engine->Memory(region);
+  const auto write = Write(*a, address, 1);
+  const auto gone = b->engine->UnregisterMemory(region);
+  ASSERT_TRUE(EndsWell(gone));
+  EXPECT_TRUE((*write)->done()) << "unregistered while a peer was writing";
+  EXPECT_TRUE(EndsWell(write));
+  EXPECT_TRUE(EndsWell(b->engine->ExpectImmCount(1, 1)));
+  // All is still: what is stored here now stays.
+  std::memset(memory->data(), 3, kLength);
+  const Status refused = EndOf(Write(*a, address, 2));
+  EXPECT_EQ(refused.code(), StatusCode::kFailedPrecondition);
+  EXPECT_THAT(refused.message(), HasSubstr("unregisters the target region"));
+  for (uint64_t i = 0; i < kLength; ++i) {
+    ASSERT_EQ(memory->data()[i], std::byte{3});
+  }
+  EXPECT_TRUE(EndsWell(Write(*a, b->address, 3)));
+}
+
+TEST_F(TransferWithdrawTest, BothMayUnregisterWhileTheOtherWrites) {
+  auto a = Open({}, nullptr, Slow());
+  auto b = Open({}, nullptr, Slow());
+  a->Connect(*b);
+  const auto there = Write(*a, b->address, 1);
+  const auto back = Write(*b, a->address, 1);
+  const auto gone_a = a->engine->UnregisterMemory(a->region);
+  const auto gone_b = b->engine->UnregisterMemory(b->region);
+  for (const auto& end : {gone_a, gone_b, there, back}) {
+    EXPECT_TRUE(EndsWell(end));
+  }
+}
+
+TEST_F(TransferWithdrawTest, APeerThatDoesNotAnswerIsNamedAndTheRegionStays) {
+  std::atomic<bool> mute{false};
+  auto a = Open(
+      {}, [&](std::string&) { return !mute.load(std::memory_order_relaxed); });
+  auto b = Open();
+  auto c = Open();
+  a->Connect(*b);
+  c->Connect(*b);
+  mute.store(true, std::memory_order_relaxed);
+  const Status late = EndOf(b->engine->UnregisterMemory(
+      b->region, Deadline::AfterNanoseconds(300'000'000)));
+  EXPECT_EQ(late.code(), StatusCode::kDeadlineExceeded);
+  EXPECT_THAT(late.message(), HasSubstr("unregister_memory"));
+  EXPECT_THAT(late.message(), HasSubstr("node0"));
+  EXPECT_THAT(late.message(), testing::Not(HasSubstr("node2")));
+  EXPECT_THAT(late.message(), HasSubstr("stays registered"));
+  EXPECT_TRUE(b->engine->Describe(b->region).ok());
+  // Once the peer is lost, or answers, it goes.
+  const auto gone = b->engine->UnregisterMemory(b->region);
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(0)));
+  EXPECT_TRUE(EndsWell(gone));
+}
+
+TEST_F(TransferWithdrawTest, WhatNoPeerKnowsOfGoesAtOnce) {
+  auto a = Open({}, [](std::string&) { return true; });
+  auto b = Open();
+  a->Connect(*b);
+  Kill(*a);
+  const RegionId region = *b->engine->AllocateMemory(100);
+  const auto gone = b->engine->UnregisterMemory(region);
+  ASSERT_TRUE(gone.ok());
+  EXPECT_TRUE((*gone)->done());
+}
+
+TEST_F(TransferWithdrawTest, ARegionKeepsItsOwnerUntilItEnds) {
+  auto a = Open();
+  auto memory = std::make_shared<std::string>(100, 'x');
+  auto* const base = reinterpret_cast<std::byte*>(memory->data());
+  const std::weak_ptr<std::string> alive = memory;
+  const RegionId first = *a->engine->RegisterMemory(base, 100, memory);
+  const RegionId second = *a->engine->RegisterMemory(base, 50, memory);
+  memory.reset();
+  ASSERT_TRUE(EndsWell(a->engine->UnregisterMemory(first)));
+  EXPECT_FALSE(alive.expired());
+  ASSERT_TRUE(EndsWell(a->engine->UnregisterMemory(second)));
+  Until([&] { return alive.expired(); });
+
+  auto kept = std::make_shared<std::string>(100, 'y');
+  const std::weak_ptr<std::string> closed = kept;
+  auto* const kept_base = reinterpret_cast<std::byte*>(kept->data());
+  ASSERT_TRUE(a->engine->RegisterMemory(kept_base, 100, kept).ok());
+  kept.reset();
+  EXPECT_FALSE(closed.expired());
+  a.reset();
+  EXPECT_TRUE(closed.expired());
+}
+
+}  // namespace
+}  // namespace jaxfabric
