@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxfabric._primitives.signal import signal as signal
     from jaxfabric._primitives.token import token as token
     from jaxfabric._primitives.wait import wait as wait
+    from jaxfabric._trace import Trace as Trace
     from jaxfabric._transfer_engine import TransferEngine as TransferEngine
     from jaxfabric._transfer_engine import Watcher as Watcher
     from jaxfabric._transfer_future import TransferFuture as TransferFuture
@@ -64,6 +65,7 @@ _MODULES = {
     "PlanMismatchError": "_errors",
     "Region": "_transfer_memory",
     "ScatterTarget": "_transfer_writes",
+    "Trace": "_trace",
     "TransferEngine": "_transfer_engine",
     "TransferFuture": "_transfer_future",
     "TransportUnavailableError": "_errors",
@@ -97,6 +99,7 @@ __all__ = [
     "PlanMismatchError",
     "Region",
     "ScatterTarget",
+    "Trace",
     "TransferEngine",
     "TransferFuture",
     "TransportUnavailableError",

@@ -4,9 +4,11 @@
 variable                     default        meaning
 ============================ ============== ===========================================
 JAXFABRIC_TRANSPORT          (best)         transport of every Fabric that names none
-JAXFABRIC_NICS               (see Fabric)   interfaces of the ofi transports, by name or
-                                            IP address: "eth0,eth1"
+JAXFABRIC_NICS               (see Fabric)   NICs of the network transports, by name or
+                                            IP address: "eth0,eth1", "mlx5_0:1"
 JAXFABRIC_LIBFABRIC          (best)         the libfabric.so.1 of the ofi transports
+JAXFABRIC_VERBS              (good ones)    options of the transport verbs, see
+                                            docs/operators.md: "gid_index=3"
 JAXFABRIC_TIMEOUT_S          30             time limit of operations, seconds
 JAXFABRIC_MAILBOX_BYTES      268435456      largest message between two ranks, bytes;
                                             costs memory only as far as it is used
@@ -33,6 +35,7 @@ class Settings:
     transport: str | None = None
     nics: str | None = None
     libfabric: str | None = None
+    verbs: str | None = None
     timeout_s: float = 30.0
     mailbox_bytes: int = 256 << 20
     window_bytes: int = 1 << 30
@@ -53,6 +56,7 @@ _KINDS: dict[str, type] = {
     "transport": str,
     "nics": str,
     "libfabric": str,
+    "verbs": str,
     "timeout_s": float,
     "spin_s": float,
 }

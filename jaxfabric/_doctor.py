@@ -20,10 +20,12 @@ from jaxfabric._config import (
     config,
     pool_threads,
 )
+from jaxfabric._errors import FabricError
 
 _MEBIBYTE = 1 << 20
 # Less shared memory than this does not hold what one prefill step writes.
 _SHARED_MEMORY_MIN = 1 << 30
+_WITHOUT_NICS = ("shm", "ofi/shm")
 # NICs pin what they write; less than this ends in registration errors.
 _LOCKED_MEMORY_MIN = 1 << 30
 
@@ -101,8 +103,34 @@ def _native_module() -> Check:
 
 def _transports() -> Iterator[Check]:
     for name, state, reason, fix in _ffi.transport_states():
-        verdict = Verdict.PASS if state == "usable" else Verdict.SKIP
-        yield Check(f"transport {name}", verdict, f"{state}: {reason}", fix)
+        if state != "usable":
+            yield Check(f"transport {name}", Verdict.SKIP, f"{state}: {reason}", fix)
+        elif name in _WITHOUT_NICS:
+            yield Check(f"transport {name}", Verdict.PASS, f"{state}: {reason}")
+        else:
+            yield _open_transport(name, f"{state}: {reason}")
+
+
+def _open_transport(name: str, found: str) -> Check:
+    """A device that is found may refuse to be opened, or do less than one expects."""
+    try:
+        caps = _ffi.open_for_caps(name)
+    except FabricError as error:
+        return Check(
+            *(f"transport {name}", Verdict.WARN, f"{found}, but not opened: {error}"),
+            fix="see locked memory below, and the permissions of /dev/infiniband",
+        )
+    found += f"; {caps['queue_depth']} writes at a time"
+    if caps["emulated_writes"]:
+        return Check(
+            f"transport {name}",
+            Verdict.WARN,
+            f"{found}; the device has no RDMA writes, so libfabric emulates them by "
+            "messages and copies: slow",
+            fix="use an instance type with RDMA write (fi_info -p efa -c FI_RMA), and "
+            "leave FI_EFA_USE_DEVICE_RDMA unset",
+        )
+    return Check(f"transport {name}", Verdict.PASS, found)
 
 
 def _xla_pool() -> Check:

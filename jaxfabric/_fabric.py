@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pathlib
 import secrets
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxfabric import _current, _ffi
-from jaxfabric._config import config, pool_is_narrow
+from jaxfabric import _cuda, _current, _ffi
+from jaxfabric._config import config
 from jaxfabric._errors import (
     FabricError,
     PlanMismatchError,
@@ -32,9 +33,14 @@ from jaxfabric._mesh import (
     choose_transport,
     concrete_mesh,
     device_ordinal,
+    is_on_gpus,
     stable_key,
+    transport_options,
+    warn_if_pool_is_narrow,
 )
 from jaxfabric._rendezvous import Rendezvous
+from jaxfabric._trace import EVENTS_MAX, Trace, begin_trace
+from jaxfabric._trace_file import Recorded, recorded_ranks
 from jaxfabric._window import WINDOWS_MAX, Window
 
 _FINISH_POLL_S = 1e-3
@@ -50,12 +56,13 @@ class Fabric:
 
     Args:
       mesh: a `jax.sharding.Mesh`; ``None`` takes the one of `jax.set_mesh`.
-      transport: ``"shm"`` (processes of one host); ``"ofi/tcp"``, ``"ofi/efa"`` and
-        ``"ofi/efa-direct"`` (NICs, by way of libfabric); ``"fake"`` (one process,
-        seeded chaos, for tests); ``None`` is ``"shm"``. The processes of a host share
-        its EFA devices evenly, each taking those closest to its cores. For TCP there
-        is one interface: loopback if all processes run on one host, else the one
-        that leads to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
+      transport: ``"shm"`` (processes of one host); ``"verbs"`` (ConnectX and others,
+        by way of libibverbs); ``"ofi/tcp"``, ``"ofi/efa"`` and ``"ofi/efa-direct"``
+        (NICs, by way of libfabric); ``"fake"`` (one process, seeded chaos, for tests);
+        ``None`` is ``"shm"``. The processes of a host share its EFA and verbs devices
+        evenly, each taking those closest to its cores. For TCP there is one
+        interface: loopback if all processes run on one host, else the one that leads
+        to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       name: tells Fabrics over one mesh apart.
       mailbox_bytes: largest message between two ranks, in bytes.
@@ -101,12 +108,17 @@ class Fabric:
         self.key = stable_key(self.mesh, self.name)
         self._devices = list(self.mesh.devices.flat)
         self._processes = sorted({d.process_index for d in self._devices})
-        self.transport = choose_transport(
-            transport or settings.transport, self._processes
+        on_gpus = is_on_gpus(self.mesh)
+        self.transport = (
+            _cuda.TRANSPORT
+            if on_gpus
+            else choose_transport(transport or settings.transport, self._processes)
         )
         self._windows: list[Window] = []
+        self._trace: Trace | None = None
         self.nics: list[str] = []
-        _warn_if_pool_is_narrow(self._devices)
+        if not on_gpus:
+            warn_if_pool_is_narrow(self._devices)
         generation = _current.next_generation(self.key, self.name)
         self._rendezvous = Rendezvous(
             f"jaxfabric/{self.key:016x}/{generation}", self._processes, self.timeout_s
@@ -117,7 +129,8 @@ class Fabric:
         )
         self._native: Any = None
         try:
-            self._connect(generation, sizes, settings.spin_s, dict(chaos or {}))
+            options = transport_options(self.transport, chaos)
+            self._connect(generation, sizes, settings.spin_s, options)
         except _ffi.native().StatusError as error:
             self._abandon()
             raise from_native(error) from None
@@ -134,6 +147,16 @@ class Fabric:
         chaos: dict[str, float],
     ) -> None:
         secret = self._agree(sizes, chaos)
+        if self.transport == _cuda.TRANSPORT:
+            self._native = _cuda.open_group(
+                self._devices,
+                sizes,
+                self._rendezvous,
+                key=self.key,
+                timeout_s=self.timeout_s,
+                mesh_axes=len(self.mesh.axis_names),
+            )
+            return
         me = jax.process_index()
         local = [
             (device_ordinal(device), rank)
@@ -211,10 +234,14 @@ class Fabric:
     def close(self) -> None:
         """Closes it; may be called again. What is under way fails with "closed"."""
         _current.remove(self)
-        native, self._native = self._native, None
-        if native is not None:
-            native.close()
-            self._rendezvous.forget()
+        try:
+            if self._trace is not None and not self.closed:
+                self._trace.stop()
+        finally:
+            native, self._native = self._native, None
+            if native is not None:
+                native.close()
+                self._rendezvous.forget()
 
     @property
     def closed(self) -> bool:
@@ -315,6 +342,47 @@ class Fabric:
         """
         return self.require_open().stats()
 
+    def trace(
+        self, path: str | os.PathLike[str], *, events_max: int = EVENTS_MAX
+    ) -> Trace:
+        """Records what the local ranks do, into a file for https://ui.perfetto.dev.
+
+        The recording begins at once, and ends with the ``with`` block, with
+        `Trace.stop`, or when the Fabric is closed. Each process writes a file of its
+        own; where there are several, the process's index goes before the suffix:
+        ``step.json`` is ``step.0.json``, ``step.1.json`` and so on. ``jaxfabric trace
+        merge step.*.json -o step.json`` makes one of them, on one time line.
+
+        Args:
+          path: of the file.
+          events_max: kept for each local rank; the oldest give way, and are counted.
+
+        Raises:
+          FabricError: a recording of this Fabric is running, or it is on GPUs.
+
+        Example::
+
+          with fabric.trace("step.json") as trace:   # trace.path is its name here
+              jax.block_until_ready(step(x))
+        """
+        native = self.require_open()
+        if self.transport == _cuda.TRANSPORT:
+            raise FabricError(
+                "fabric.trace: kernels record nothing; use jax.profiler on GPUs"
+            )
+        path = pathlib.Path(path)
+        if len(self._processes) > 1:
+            path = path.with_suffix(f".{jax.process_index()}{path.suffix}")
+        self._trace = begin_trace(
+            self._trace, path, events_max, native.start_trace, self._stop_trace
+        )
+        return self._trace
+
+    def _stop_trace(self) -> list[Recorded]:
+        recordings = self.require_open().stop_trace()
+        ranks = range(len(self._devices))
+        return recorded_ranks(recordings, ranks, self.nics or [self.transport])
+
     def peers(self) -> dict[int, dict[str, Any]]:
         """By rank: its process, whether it is up, and over what it is reached."""
         failed = self.require_open().failure()
@@ -329,16 +397,3 @@ class Fabric:
             }
             for rank, device in enumerate(self._devices)
         }
-
-
-def _warn_if_pool_is_narrow(devices: Sequence[jax.Device]) -> None:
-    me = jax.process_index()
-    local = sum(device.process_index == me for device in devices)
-    if pool_is_narrow(local):
-        warnings.warn(
-            f"jf.Fabric: XLA may have too few threads for {local} devices in one "
-            f"process, and then calls hang; set PJRT_NPROC={4 * local} or more before "
-            "JAX starts, or import jaxfabric first",
-            RuntimeWarning,
-            stacklevel=3,
-        )

@@ -11,9 +11,11 @@ import importlib.util
 import pathlib
 import re
 from types import ModuleType
+from typing import Any
 
 import jax
 
+from jaxfabric._errors import from_native
 from jaxfabric._libfabric import libfabric_path
 
 _OLDEST_JAXLIB = "0.9.1"
@@ -75,6 +77,20 @@ def transport_states() -> list[tuple[str, str, str, str]]:
     ``"no device"``.
     """
     return list(native().transport_states(libfabric_path()))
+
+
+def open_for_caps(transport: str) -> dict[str, Any]:
+    """Opens a transport's first NIC, and closes it; what it says of itself.
+
+    ``write_bytes_max``, ``queue_depth`` and ``emulated_writes``.
+
+    Raises:
+      FabricError: it cannot be opened, with the reason.
+    """
+    try:
+        return dict(native().open_for_caps(transport, libfabric_path()))
+    except native().StatusError as error:
+        raise from_native(error) from None
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from jaxfabric._rendezvous import coordinator_address
 
 _LOOPBACK = "lo"
 # Transports whose NICs are shared out. TCP has one interface that leads anywhere.
-_SHARED = "ofi/efa"
+_SHARED = ("ofi/efa", "verbs")
 # Reserved for documentation, hence reached by the default route. Nothing is sent.
 _ELSEWHERE = ("192.0.2.1", 9)
 
@@ -64,6 +64,17 @@ def share_interfaces(
         transport, libfabric_path(), [cores[i] for i in here]
     )
     return list(shares[here.index(process)]) if shares else []
+
+
+def nearest_interfaces(transport: str) -> list[str]:
+    """The NICs on this process's NUMA node, none if there are none to choose from.
+
+    A process that may run on several nodes gets those of all.
+    """
+    if not transport.startswith(_SHARED):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    return list(_ffi.native().nearest_nics(transport, libfabric_path(), cores))
 
 
 def first_core() -> int:

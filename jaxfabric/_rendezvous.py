@@ -27,7 +27,7 @@ class Rendezvous:
         self._name = name
         self._processes = tuple(processes)
         self._process = jax.process_index()
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._round = 0
         self._client = _key_value_client() if len(self._processes) > 1 else None
 
@@ -44,7 +44,7 @@ class Rendezvous:
             return self._all_gather_public(payload)
         prefix = f"{self._name}/{self._round}"
         self._set(f"{prefix}/{self._process}", payload)
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self.timeout_s
         return [self._get(f"{prefix}/{p}", p, deadline) for p in self._processes]
 
     def _set(self, key: str, payload: bytes) -> None:
@@ -65,7 +65,7 @@ class Rendezvous:
         except Exception as error:
             raise DeadlineError(
                 f"rendezvous of {self._name}: process {process} did not come within "
-                f"{self._timeout_s:g} s; every process must open the same Fabrics in "
+                f"{self.timeout_s:g} s; every process must open the same Fabrics in "
                 "the same order (raise timeout_s= if it is only slow to start)"
             ) from error
 

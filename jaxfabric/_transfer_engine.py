@@ -16,9 +16,13 @@ import numpy.typing as npt
 from jaxfabric import _ffi
 from jaxfabric._config import config
 from jaxfabric._errors import FabricError, TransportUnavailableError
-from jaxfabric._interfaces import choose_interfaces, network_host
+from jaxfabric._interfaces import (
+    choose_interfaces,
+    nearest_interfaces,
+    network_host,
+)
 from jaxfabric._libfabric import libfabric_path
-from jaxfabric._mesh import TRANSPORTS
+from jaxfabric._mesh import TRANSPORTS, transport_options
 from jaxfabric._net_addr import NetAddr
 from jaxfabric._transfer_base import native_errors
 from jaxfabric._transfer_future import TransferFuture
@@ -81,11 +85,16 @@ class TransferEngine(Messages, Writes):
       name: of this engine, for messages; by default host and process.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       nics: how many NICs to use, 1 to 8, or their names or IP addresses; the other
-        side may use another number. ``None``: what `jf.config` says, else all that
-        the transport finds; for ``"ofi/tcp"``, the interface of the default route.
+        side may use another number. ``None``: what `jf.config` says, else those on
+        the NUMA node of the cores that this process may run on (all, if those are of
+        several nodes); for ``"ofi/tcp"``, the interface of the default route. The
+        engine's thread stays on the NUMA nodes of its NICs.
       heartbeat_s: a peer that says nothing is asked so often whether it is there.
       peer_timeout_s: a peer that has not answered for so long is lost.
       chaos: options of the fake transport, as for `jf.Fabric`.
+
+    Attributes:
+      nics: names of the interfaces that it uses; none for transports without.
 
     Raises:
       TransportUnavailableError: the transport cannot work here, with the reason.
@@ -119,18 +128,29 @@ class TransferEngine(Messages, Writes):
             raise ValueError(
                 f"jf.TransferEngine: timeout_s={timeout_s} must be above 0 seconds"
             )
+        for what, seconds, above in (
+            ("heartbeat_s", heartbeat_s, 0.0),
+            ("peer_timeout_s", peer_timeout_s, heartbeat_s),
+        ):
+            if not above < seconds < float("inf"):
+                raise ValueError(
+                    f"jf.TransferEngine: {what}={seconds} must be finite and above "
+                    + ("heartbeat_s" if above else "0 seconds")
+                )
         self.transport = _choose_transport(transport or settings.transport)
         count, interfaces = _choose_nics(nics, self.transport)
         key = token.encode() if isinstance(token, str) else bytes(token)
         if name is None:
             name = f"{socket.gethostname()}:{os.getpid()}"
+        self.name = name
+        self.nics = interfaces
         # The transport's own check must not give the token away.
         secret = hmac.new(key, b"jaxfabric transport " + job.encode(), hashlib.sha256)
         with native_errors():
             self._native = _ffi.native().NativeTransferEngine(
                 transport=self.transport,
                 secret=secret.hexdigest().encode(),
-                chaos=dict(chaos or {}),
+                chaos=transport_options(self.transport, chaos),
                 job=job,
                 token=key,
                 name=name.encode()[:_NAME_BYTES_MAX].decode(errors="ignore"),
@@ -234,7 +254,7 @@ class TransferEngine(Messages, Writes):
         """
         array = as_array(buffer, "register_memory")
         with native_errors():
-            key = self._native.register_memory(address_of(array), array.nbytes)
+            key = self._native.register_memory(address_of(array), array.nbytes, array)
         return self._add_region(key, array)
 
     def _add_region(self, key: int, array: npt.NDArray[Any]) -> Region:
@@ -253,10 +273,16 @@ class TransferEngine(Messages, Writes):
             return self._native.describe(key)
 
     def unregister_memory(self, region: Region, timeout_s: float | None = None) -> None:
-        """Waits for the operations that use a region, and forgets it.
+        """Waits until nobody uses a region, and forgets it. The array stays valid.
 
-        Peers' writes into it are refused from then on; over ``ofi/tcp`` one that is
-        arriving just now may still land, so tell peers first. The array stays valid.
+        Peers are told; their further writes into it are refused where they are
+        submitted, and those that are under way are waited for.
+
+        Raises:
+          DeadlineError: operations of this engine still use it, or a peer has not
+            said in time that its writes into it have ended; it names them. The region
+            stays registered, but peers that have heard write no more into it: call
+            again, or `disconnect` the peer.
         """
         with native_errors():
             native = self._native.unregister_memory(region.key, timeout_s)
@@ -301,7 +327,8 @@ class TransferEngine(Messages, Writes):
         ``operations``, ``operations_failed``, ``handshakes``; handshakes and messages
         that were refused, by reason (``refused_seal``, ``refused_version``,
         ``refused_replay``, ``refused_other``, ``last_refusal``); what was dropped;
-        ``nics``, a list; ``peers``, by peer.
+        ``nics``, a list, whose ``refused_frames`` came with another version or
+        secret; ``peers``, by peer.
         """
         with native_errors():
             return dict(self._native.stats())
@@ -334,6 +361,7 @@ def _choose_nics(
     try:
         # Peers may be anywhere, so as if they were on another host.
         names = choose_interfaces(transport, [network_host(), "elsewhere"])
+        names = names or nearest_interfaces(transport)
     except OSError:  # this host has no way to others
         names = ["lo"]
     return asked or 0, names

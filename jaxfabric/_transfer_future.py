@@ -77,8 +77,9 @@ class TransferFuture:
     def cancel(self) -> bool:
         """Asks it to end early; ``False`` if it is done.
 
-        It then fails with FabricError, unless it still succeeds. Part of a cancelled
-        transfer may have arrived, so its id is not taken again for this peer.
+        It then fails with FabricError, unless it still succeeds. Where a part of a
+        transfer was sent, the receiver's waits under its id fail, and neither side
+        takes the id again: a later transfer could not be told from that part.
         """
         return self._cancel(self._native)
 

@@ -250,6 +250,11 @@ class Writes(TransferBase):
           callback: called with the future once it is done, on a thread of its own.
           peers: from whom they are to come: it fails at once if one of them is lost.
           timeout_s: of the operation; ``None`` is the engine's.
+
+        Raises:
+          FabricError: a transfer under this id was given up when a part of it had
+            been sent, which could not be told from what comes later; the future
+            fails so, too. Give out a new id.
         """
         if count < 0:
             raise ValueError(f"expect_imm_count: count={count} is negative")

@@ -18,7 +18,15 @@ from ranks import run_child
 from typer.testing import CliRunner
 
 from jaxfabric._bench import case as cases
-from jaxfabric._bench import child_process, fi_rma_bw, figures, put, report, subjects
+from jaxfabric._bench import (
+    child_process,
+    fi_rma_bw,
+    figures,
+    ib_write_bw,
+    put,
+    report,
+    subjects,
+)
 from jaxfabric._bench.case import Case
 from jaxfabric._bench.child_process import Child, NotInstalled, SubjectFailed
 from jaxfabric._bench.figures import Measurement, Row, summarize
@@ -281,7 +289,7 @@ def test_children_end_with_their_context() -> None:
             child.wait_until_ready()
 
 
-# --- fi_rma_bw ---------------------------------------------------------------
+# --- fi_rma_bw and ib_write_bw -----------------------------------------------
 
 FAKE_TOOL = """\
 #!{python}
@@ -315,6 +323,24 @@ def test_the_tool_of_libfabric_is_run_and_read(tmp_path, monkeypatch) -> None:
     tool.write_text(FAKE_TOOL.format(python=sys.executable, us="nothing"))
     ((_, outcome),) = subject.measure([SMALL], 0.001)
     assert "printed no figures" in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("printed", "seconds"),
+    [
+        ("15.15\n", (1 << 16) / (15.15 * (1 << 20))),
+        ("0.00\n", None),
+        ("Couldn't connect\n15.15\n", None),
+    ],
+)
+def test_ib_write_bw_prints_mebibytes_per_second(
+    printed: str, seconds: float | None
+) -> None:
+    subject = ib_write_bw.IbWriteBw(medium="verbs", device="rxe0")
+    assert subject.seconds_per_write(printed, 1 << 16) == seconds
+    command = " ".join(subject.command(1 << 16, 100, 4, 7))
+    assert "-d rxe0 " in command
+    assert command.endswith("-p 7 -s 65536 -n 100 -t 4")
 
 
 # --- All of it ---------------------------------------------------------------
@@ -360,6 +386,7 @@ def test_subjects_follow_the_transports() -> None:
         *("sockets", "jaxfabric ofi/tcp", "NIXL tcp", "Mooncake tcp", "fi_rma_bw tcp")
     ]
     assert names("ofi/efa-direct") == ["jaxfabric ofi/efa-direct"]
+    assert names("verbs") == ["jaxfabric verbs", "ib_write_bw"]
 
 
 def test_it_draws(tmp_path: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from ranks import make_mesh
 
 import jaxfabric as jf
-from jaxfabric import _config
+from jaxfabric import _config, _mesh
 
 VARIABLES = ("TRANSPORT", "TIMEOUT_S", "MAILBOX_BYTES", "WINDOW_BYTES", "SPIN_S")
 
@@ -91,3 +91,14 @@ def test_fabrics_take_the_settings_in_force() -> None:
             fabric.window(65, "int8")
     with jf.config(timeout_s=7), jf.Fabric(mesh, timeout_s=3) as fabric:
         assert fabric.timeout_s == 3
+
+
+def test_options_of_verbs() -> None:
+    with jf.config(verbs=" gid_index=3, traffic_class=106"):
+        options = _mesh.transport_options("verbs", None)
+        assert options == {"gid_index": 3, "traffic_class": 106}
+        assert _mesh.transport_options("fake", {"seed": 1}) == {"seed": 1}
+        assert _mesh.transport_options("shm", None) == {}
+    assert _mesh.transport_options("verbs", None) == {}
+    with jf.config(verbs="gid_index"), pytest.raises(ValueError, match="name=number"):
+        _mesh.transport_options("verbs", None)

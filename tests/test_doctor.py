@@ -14,6 +14,7 @@ from ranks import run_child
 from jaxfabric import _doctor, _ffi
 from jaxfabric._config import config
 from jaxfabric._doctor import Verdict
+from jaxfabric._errors import FabricError
 
 
 def found(root: pathlib.Path) -> dict[str, _doctor.Check]:
@@ -116,3 +117,50 @@ def test_a_setting_that_cannot_be_read(
     check = found(tmp_path)["settings"]
     assert check.verdict is Verdict.FAIL
     assert check.fix == "unset JAXFABRIC_TIMEOUT_S"
+
+
+def transport_checks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, opens: Any
+) -> dict[str, _doctor.Check]:
+    """As on a machine with an EFA device."""
+    states = [
+        ("shm", "usable", "ranks of one host share memory", ""),
+        ("verbs", "library missing", "no libibverbs.so.1", "apt install it"),
+        ("ofi/efa", "usable", "libfabric 2.5 drives rdmap0s6-rdm", ""),
+    ]
+    monkeypatch.setattr(_ffi, "transport_states", lambda: states)
+    monkeypatch.setattr(_ffi, "open_for_caps", opens)
+    return found(tmp_path)
+
+
+def test_a_device_that_emulates_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    asked = []
+
+    def opens(name: str, emulated: bool = True) -> dict[str, Any]:
+        asked.append(name)
+        return {"queue_depth": 256, "emulated_writes": emulated}
+
+    checks = transport_checks(monkeypatch, tmp_path, opens)
+    assert asked == ["ofi/efa"]  # memory needs no opening, what is missing neither
+    assert checks["transport ofi/efa"].verdict is Verdict.WARN
+    assert "emulates" in checks["transport ofi/efa"].found
+    assert checks["transport shm"].verdict is Verdict.PASS
+    assert checks["transport verbs"].verdict is Verdict.SKIP
+    checks = transport_checks(monkeypatch, tmp_path, lambda name: opens(name, False))
+    assert checks["transport ofi/efa"].verdict is Verdict.PASS
+    assert "256 writes at a time" in checks["transport ofi/efa"].found
+
+
+def test_a_device_that_cannot_be_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    def opens(name: str) -> dict[str, Any]:
+        raise FabricError("cannot register: Cannot allocate memory")
+
+    check = transport_checks(monkeypatch, tmp_path, opens)["transport ofi/efa"]
+    assert check.verdict is Verdict.WARN
+    assert "not opened" in check.found
+    assert "Cannot allocate memory" in check.found
+    assert "locked memory" in check.fix

@@ -3,70 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import pickle
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transfer_cases import (
+    PATIENCE_S,
+    POISON,
+    TRANSPORTS,
+    Pair,
+    engine,
+    open_pair,
+    until,
+)
 
 import jaxfabric as jf
-from jaxfabric import _ffi
-
-POISON = 0xA5
-CHAOS = {"seed": 3, "pieces_max": 4, "delay_max_s": 2e-4, "again_share": 0.2}
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "two_jobs.py"
-PATIENCE_S = 30.0
 
 
-class Pair(NamedTuple):
-    """An engine that writes, one that is written into, and its poisoned region."""
-
-    a: jf.TransferEngine
-    b: jf.TransferEngine
-    peer: int  # b, as a calls it
-    region: jf.Region  # of b, u8[1 << 16]
-
-
-def skip_unless_usable(transport: str) -> None:
-    for name, state, reason, _ in _ffi.transport_states():
-        if name == transport and state != "usable":
-            pytest.skip(f"{transport}: {reason}")
-
-
-def engine(transport: str = "shm", **kwargs: Any) -> jf.TransferEngine:
-    skip_unless_usable(transport)
-    if transport == "fake":
-        kwargs.setdefault("chaos", CHAOS)
-    kwargs.setdefault("timeout_s", PATIENCE_S)
-    return jf.TransferEngine(transport, job="test", token="secret", **kwargs)
-
-
-@pytest.fixture(params=["shm", "fake", "ofi/tcp"])
+@pytest.fixture(params=TRANSPORTS)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    with engine(request.param) as a, engine(request.param) as b:
-        region = b.alloc(1 << 16)
-        region.array[:] = POISON
-        yield Pair(a, b, a.connect(b.address()).result(), region)
-
-
-def until(met: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not met():
-        assert time.monotonic() < deadline, "nothing more happens"
-        time.sleep(1e-3)
+    yield from open_pair(request.param)
 
 
 # --- Writes ------------------------------------------------------------------
@@ -286,6 +248,13 @@ def test_settings_are_checked() -> None:
         jf.TransferEngine("shm", nics=9)
     with pytest.raises(ValueError, match="timeout_s=0"):
         jf.TransferEngine("shm", timeout_s=0)
+    nan = float("nan")
+    for heartbeat_s in (0, -1, nan, float("inf")):
+        with pytest.raises(ValueError, match="heartbeat_s="):
+            jf.TransferEngine("shm", heartbeat_s=heartbeat_s)
+    for peer_timeout_s in (0.5, 1.0, nan, float("inf")):
+        with pytest.raises(ValueError, match=r"peer_timeout_s=.* above heartbeat_s"):
+            jf.TransferEngine("shm", peer_timeout_s=peer_timeout_s)
 
 
 # --- Futures and messages ----------------------------------------------------
@@ -361,6 +330,68 @@ def test_messages_come_whole_and_in_order(pair: Pair) -> None:
         a.submit_send(peer, bytes((1 << 20) + 1))
     with pytest.raises(jf.FabricError, match="no peer 99"):
         a.submit_send(99, b"")
+    for no_bytes in (5, "text", None, [1, 2]):
+        with pytest.raises(TypeError, match="a message is bytes, not"):
+            a.submit_send(peer, no_bytes)  # type: ignore[arg-type]
+    a.submit_send(peer, memoryview(b"last")).result()
+    assert b.receive().data == b"last"
+
+
+def test_who_leaves_a_loop_over_messages_loses_none() -> None:
+    with engine() as a, engine() as b:
+        peer = a.connect(b.address()).result()
+        for i in range(6):
+            a.submit_send(peer, bytes([i])).result()
+
+        async def two() -> list[bytes]:
+            seen = []
+            async for message in b.messages():
+                seen.append(message.data)
+                if len(seen) == 2:
+                    break
+            return seen
+
+        async def idle() -> None:
+            async for _ in a.messages():
+                raise AssertionError("nobody sent this")
+
+        assert asyncio.run(two()) == [b"\0", b"\1"]
+        assert b.receive().data == b"\2"
+        assert asyncio.run(two()) == [b"\3", b"\4"]
+
+        async def cancelled() -> None:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(idle(), 0.05)
+
+        asyncio.run(cancelled())
+        b.submit_send(b.receive().peer, b"back").result()
+        assert a.receive().data == b"back"
+
+
+def test_a_loop_over_messages_ends_with_the_engine() -> None:
+    async def listen(listener: jf.TransferEngine) -> None:
+        task = asyncio.ensure_future(anext(listener.messages()))
+        await asyncio.sleep(0.02)
+        listener.close()
+        with pytest.raises(jf.FabricError, match="closed"):
+            await asyncio.wait_for(task, PATIENCE_S)
+
+    asyncio.run(listen(engine()))
+
+
+def test_messages_that_nobody_takes_are_lost_with_an_error() -> None:
+    room = 1 << 16
+    with engine() as a, engine() as b:
+        peer = a.connect(b.address()).result()
+        sent = [a.submit_send(peer, b"x") for _ in range(room + 3)]
+        sent[-1].result()
+        until(lambda: b.stats()["messages_dropped"] == 3)
+        for _ in range(room):
+            b.receive()
+        a.submit_send(peer, b"later").result()
+        with pytest.raises(jf.CapacityError, match="3 messages of peer 0 were lost"):
+            b.receive()
+        assert b.receive().data == b"later"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -408,145 +439,3 @@ def test_a_barrier_waits_for_all(pair: Pair) -> None:
     a.remove_peer_group(groups[0])
     with pytest.raises(jf.FabricError, match="no peer group"):
         a.submit_barrier(groups[0])
-
-
-# --- Life and death ----------------------------------------------------------
-
-
-def test_close_ends_what_waits() -> None:
-    a = engine()
-    waiting = a.expect_imm_count(1, 1)
-    region = a.alloc(10, np.int16)
-    errors: list[BaseException] = []
-
-    def receive() -> None:
-        try:
-            a.receive()
-        except jf.FabricError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    time.sleep(0.05)
-    a.close()
-    a.close()
-    thread.join(PATIENCE_S)
-    assert "closed" in str(errors[0])
-    with pytest.raises(jf.FabricError, match="closed"):
-        waiting.result()
-    with pytest.raises(jf.FabricError, match="closed"):
-        a.address()
-    assert not waiting.cancel()
-    assert region.array.sum() == 0  # the memory is the array's, too
-
-
-def test_who_leaves_may_come_back(pair: Pair) -> None:
-    a, b, peer, region = pair
-    source = a.register_memory(np.zeros(10, np.uint8))
-    for _ in range(3):
-        waiting = b.expect_imm_count(6, 1, peers=list(b.peers()))
-        a.disconnect(peer)
-        with pytest.raises(jf.PeerLostError, match="disconnected"):
-            waiting.result()
-        with pytest.raises(jf.PeerLostError, match="connect to its address"):
-            a.submit_send(peer, b"")
-        peer = a.connect(b.address()).result()
-        a.submit_single_write(source, region.desc, 5).result()
-        b.imm_counter(5).wait(1)
-    assert b.stats()["peers_lost"] == 3
-    assert len(b.peers()) == 1
-
-
-def test_registered_memory_is_kept_and_let_go() -> None:
-    with engine() as a:
-        array = np.zeros(1000)
-        gone = weakref.ref(array)
-        region = a.register_memory(array)
-        del array
-        gc.collect()
-        assert gone() is not None
-        a.unregister_memory(region)
-        del region
-        gc.collect()
-        assert gone() is None
-
-
-def test_leaving_with_an_error_does_not_wait() -> None:
-    begin = time.monotonic()
-
-    def leave() -> None:
-        with engine() as a:
-            a.expect_imm_count(1, 1)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        leave()
-    assert time.monotonic() - begin < 10
-
-
-CHILD = """
-import sys, jaxfabric as jf
-with jf.TransferEngine(sys.argv[1], job="test", token="secret", name="child") as e:
-    region = e.alloc(1 << 16)
-    print(e.address().to_bytes().hex(), region.desc.to_bytes().hex(), flush=True)
-    peer, _ = e.receive()
-    e.imm_counter(1).wait(1)
-    e.submit_send(peer, region.array[:4].tobytes()).result()
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("transport", ["shm", "ofi/tcp"])
-def test_a_killed_peer_is_named_and_its_successor_welcome(transport: str) -> None:
-    with engine(transport) as a, engine(transport) as bystander:
-        friend = a.connect(bystander.address()).result()
-        source = a.register_memory(np.frombuffer(b"data" * 10, np.uint8))
-        peers = []
-        for _ in range(2):
-            child = subprocess.Popen(
-                [sys.executable, "-P", "-c", CHILD, transport],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            try:
-                assert child.stdout is not None
-                address, desc = map(bytes.fromhex, child.stdout.readline().split())
-                peer = a.connect(address).result()
-                a.submit_send(peer, b"hello").result()
-                target = jf.MrDesc.from_bytes(desc)
-                a.submit_single_write(source, target, 1).result()
-                assert a.receive() == (peer, b"data")
-                barrier = a.submit_barrier(a.add_peer_group([peer, friend]))
-                waiting = a.expect_imm_count(2, 1, peers=[peer])
-                other = a.expect_imm_count(3, 1)
-                child.send_signal(signal.SIGKILL)
-                for future in (barrier, waiting):
-                    with pytest.raises(jf.PeerLostError, match="child") as caught:
-                        future.result()
-                    assert caught.value.peers == (peer,)
-                assert not other.done()
-                with pytest.raises(jf.PeerLostError):
-                    a.submit_single_write(source, target, 1)
-                a.submit_send(friend, b"still here").result()
-                assert bystander.receive().data == b"still here"
-                peers.append(peer)
-            finally:
-                child.kill()
-                child.communicate()
-        assert peers[0] != peers[1]
-
-
-@pytest.mark.parametrize("transport", ["shm", "ofi/tcp"])
-def test_the_example_runs(transport: str) -> None:
-    skip_unless_usable(transport)
-    done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), "--transport", transport, "--rounds", "2"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1024 pages of 16384 bytes are right" in done.stdout
-    assert "MB/s" in done.stdout

@@ -7,16 +7,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxfabric._config import config
+
 from . import case as cases
 from . import machine
 from .case import Case
 from .child_process import SubjectFailed
 from .fi_rma_bw import FiRmaBw
 from .figures import Duel, Measurement, Row, duels, summarize
+from .ib_write_bw import IbWriteBw
 from .subjects import INSTALL_PEERS, ChildSubject, Outcome, Subject
 
 # What `--subjects` chooses from.
-FAMILIES = ("memcpy", "sockets", "jaxfabric", "nixl", "mooncake", "fi_rma_bw")
+FAMILIES = (
+    *("memcpy", "sockets", "jaxfabric"),
+    *("nixl", "mooncake", "fi_rma_bw", "ib_write_bw"),
+)
 
 QUICK_SIZES = (1 << 10, 1 << 16, 1 << 20)
 
@@ -148,6 +154,10 @@ def subjects_of(settings: Settings) -> list[Subject]:
             found["fi_rma_bw"].append(FiRmaBw(provider=name, medium=name))
             if name == "tcp":  # all that its wheel without CUDA has
                 found["mooncake"].append(mooncake)
+    if "verbs" in media:
+        nics = config.settings.nics
+        device = nics.split(",")[0].split(":")[0].strip() if nics else None
+        found["ib_write_bw"].append(IbWriteBw(medium="verbs", device=device))
     return [
         s for family in FAMILIES if family in settings.subjects for s in found[family]
     ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jaxfabric._cli import _bench_app
+from jaxfabric._cli import _bench_app, _trace_app
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ app = typer.Typer(
     help="One-sided communication for jax.jit programs: start and test them.",
 )
 app.add_typer(_bench_app.app, name="bench")
+app.add_typer(_trace_app.app, name="trace")
 
 
 def _print_version(wanted: bool) -> None:

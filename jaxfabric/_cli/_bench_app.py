@@ -21,8 +21,9 @@ _PUT_HELP = """Writes into another process's memory: MB/s, operations/s, p50, p9
 Kinds: "single" is contiguous, "paged" goes to shuffled pages (16 KiB at most, four
 at least), "scatter" has a slice for each of several peers. Beside jf.TransferEngine
 over each transport stand memcpy into shared memory, plain sockets with an
-acknowledgement, NIXL (UCX), Mooncake (TCP) and libfabric's fi_rma_bw, where they
-are installed. Bytes are verified at the target, fi_rma_bw's excepted.
+acknowledgement, NIXL (UCX), Mooncake (TCP), libfabric's fi_rma_bw and perftest's
+ib_write_bw, where they are installed. Bytes are verified at the target, those of
+fi_rma_bw and ib_write_bw excepted.
 
 \b
   jaxfabric bench put
@@ -62,7 +63,8 @@ _Sizes = Annotated[
 _Subjects = Annotated[
     str | None,
     typer.Option(
-        help="Of memcpy, sockets, jaxfabric, nixl, mooncake, fi_rma_bw; all by default."
+        help="Of memcpy, sockets, jaxfabric, nixl, mooncake, fi_rma_bw, ib_write_bw; "
+        "all by default."
     ),
 ]
 _Rounds = Annotated[int, typer.Option(min=1, help="Turns of each subject.")]

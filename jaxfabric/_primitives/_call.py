@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxfabric import _axes, _current, _ffi, _sites
+from jaxfabric import _axes, _cuda, _current, _ffi, _sites
 
 TOKEN_SHAPE = (1,)
 
@@ -109,7 +109,9 @@ def define(
     abstract_eval: Callable[..., Sequence[Any]],
     attributes: Callable[..., dict[str, Any]],
 ) -> Primitive:
-    """A primitive with several results that calls an FFI target on CPU.
+    """A primitive with several results that calls an FFI target.
+
+    On CPU, and on GPUs where `_cuda` has a target of this name.
 
     The first operand is the rank's index (see `bind`), and not shown to
     ``abstract_eval(*operands, call, **params)``, which gives the results' types;
@@ -124,7 +126,6 @@ def define(
     )
 
     def lower(ctx: Any, *operands: Any, call: Call, **params: Any) -> Any:
-        _ffi.register_targets()
         channel, label = _sites.next_site(ctx, call.op, call.key)
         rule = jax.ffi.ffi_lowering(target, has_side_effect=True)
         return rule(
@@ -138,8 +139,20 @@ def define(
             **attributes(**params),
         )
 
+    def lower_on_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
+        _ffi.register_targets()
+        return lower(ctx, *operands, **params)
+
+    def lower_on_cuda(ctx: Any, *operands: Any, **params: Any) -> Any:
+        _cuda.register_targets()
+        return lower(ctx, *operands, **params)
+
     # Not cacheable: JAX would lower equal calls once, and they would share a site.
-    mlir.register_lowering(primitive, lower, platform="cpu", cacheable=False)
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu", cacheable=False)
+    if target in _cuda.TARGETS:
+        mlir.register_lowering(
+            primitive, lower_on_cuda, platform="cuda", cacheable=False
+        )
     return primitive
 
 

@@ -1,0 +1,136 @@
+"""Bad input to jf.TransferEngine: an error where it was made, nothing elsewhere.
+
+Handshakes that are truncated, altered or replayed are in
+tests/cpp/transfer_engine_handshake_test.cc: only an attacker makes them.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from transfer_cases import POISON, Pair, engine, open_pair
+
+import jaxfabric as jf
+
+# Offsets in the bytes of an address or description.
+VERSION_AT = 4
+
+
+@pytest.fixture(params=["shm", "ofi/tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    for opened in open_pair(request.param):
+        yield opened
+        # Whatever was tried: nothing was written or counted, and all still works.
+        a, b, peer, region = opened
+        assert set(region.array) == {POISON}
+        assert b.imm_counter(1).value == 0
+        assert list(a.peers()) == [peer]
+        assert b.stats()["peers_lost"] == 0
+        source = a.register_memory(np.arange(8, dtype=np.uint8))
+        a.submit_single_write(source, region.desc, 2).result()
+        b.imm_counter(2).wait(1)
+        np.testing.assert_array_equal(region.array[:8], source.array)
+
+
+def altered(data: bytes, at: int, value: int) -> bytes:
+    return data[:at] + bytes([value]) + data[at + 1 :]
+
+
+def test_a_malformed_address(pair: Pair) -> None:
+    good = pair.b.address().to_bytes()
+    for bad in (b"", b"x" * 100, good[:-1], good[:40], good + b"x"):
+        with pytest.raises(jf.FabricError, match="not the address of a TransferEngine"):
+            pair.a.connect(bad)
+    with pytest.raises(jf.FabricError, match=r"another token, or altered"):
+        pair.a.connect(altered(good, len(good) - 1, good[-1] ^ 1))
+
+
+def test_a_foreign_address(pair: Pair) -> None:
+    other = "ofi/tcp" if pair.a.transport == "shm" else "shm"
+    with engine(other) as foreign:
+        with pytest.raises(jf.FabricError, match="connect to "):
+            pair.a.connect(foreign.address()).result()
+        assert foreign.peers() == {}
+
+
+def test_a_peer_of_another_version(pair: Pair) -> None:
+    address = altered(pair.b.address().to_bytes(), VERSION_AT, 9)
+    with pytest.raises(jf.FabricError, match=r"version 9 .*install the same"):
+        pair.a.connect(address)
+    desc = altered(pair.region.desc.to_bytes(), VERSION_AT, 9)
+    with pytest.raises(jf.FabricError, match=r"version 9 .*install the same"):
+        jf.MrDesc.from_bytes(desc)
+
+
+def test_a_peer_of_another_job_or_token(pair: Pair) -> None:
+    transport = pair.b.transport
+    with jf.TransferEngine(transport, job="other", token="secret") as stranger:
+        with pytest.raises(jf.FabricError, match="is of job 'test'"):
+            stranger.connect(pair.b.address())
+    with jf.TransferEngine(transport, job="test", token="guess") as stranger:
+        with pytest.raises(jf.FabricError, match="another token"):
+            stranger.connect(pair.b.address())
+
+
+def test_a_wrong_key(pair: Pair) -> None:
+    a, _, _, region = pair
+    source = a.register_memory(np.zeros(10, np.uint8))
+    good = region.desc.to_bytes()
+    wrong = jf.MrDesc.from_bytes(altered(good, len(good) - 1, good[-1] ^ 0x55))
+    with pytest.raises(jf.FabricError, match="single write of 10 bytes"):
+        a.submit_single_write(source, wrong, 1).result()
+
+
+def test_an_offset_out_of_range(pair: Pair) -> None:
+    a, _, _, region = pair
+    source = a.register_memory(np.zeros(10, np.uint8))
+    for target_offset in (region.nbytes, region.nbytes - 9, 1 << 63):
+        with pytest.raises(jf.FabricError, match="outside the target region"):
+            a.submit_single_write(source, region.desc, 1, target_offset=target_offset)
+    with pytest.raises(jf.FabricError, match="outside the source region"):
+        a.submit_single_write(source, region.desc, 1, source_offset=1, nbytes=10)
+
+
+def test_a_description_that_claims_more_than_there_is(pair: Pair) -> None:
+    a, b, _, region = pair
+    source = a.register_memory(np.zeros(10, np.uint8))
+    good = region.desc.to_bytes()
+    length = region.nbytes.to_bytes(8, "little")
+    assert good.count(length) == 1
+    lie = jf.MrDesc.from_bytes(good.replace(length, (1 << 20).to_bytes(8, "little")))
+    with pytest.raises(jf.FabricError, match="single write of 10 bytes"):
+        a.submit_single_write(source, lie, 1, target_offset=1 << 18).result()
+    assert b.stats()["counts_dropped"] == 0
+
+
+def test_an_unregistered_buffer(pair: Pair) -> None:
+    a, _, _, region = pair
+    with pytest.raises(ValueError, match="lies in no registered memory"):
+        a.submit_single_write(np.zeros(10), region.desc, 1)
+    source = a.register_memory(np.zeros(10, np.uint8))
+    a.unregister_memory(source)
+    with pytest.raises(jf.FabricError, match="not registered"):
+        a.submit_single_write(source, region.desc, 1)
+
+
+def test_a_region_of_the_peers_that_is_gone(pair: Pair) -> None:
+    a, b, _, _ = pair
+    source = a.register_memory(np.zeros(10, np.uint8))
+    gone = b.alloc(100)
+    desc = gone.desc
+    b.unregister_memory(gone)
+    with pytest.raises(jf.FabricError, match="unregisters the target region"):
+        a.submit_single_write(source, desc, 1)
+
+
+def test_registration_of_freed_memory(pair: Pair) -> None:
+    mapped = mmap.mmap(-1, 1 << 16)
+    array = np.frombuffer(mapped, np.uint8)
+    address = array.__array_interface__["data"][0]
+    del array
+    mapped.close()
+    with pytest.raises(Exception, match="not all memory of this process"):
+        pair.a._native.register_memory(address, 1 << 16, b"")
