@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--capacity", type=int, help="most expert rows a rank keeps; None drops none")
     add("--every", type=int, default=10, help="steps between two reports")
     add("--picture", type=pathlib.Path, default="train_moe.png", help="PNG or SVG")
+    add("--trace", type=pathlib.Path, help="where to record what the ranks do")
     add("--json", type=pathlib.Path, help="where to write all numbers")
     return parser.parse_args()
 
@@ -159,6 +160,8 @@ def train(options: argparse.Namespace, console: rich.console.Console) -> dict[st
             f"{config.num_experts}, implementation: {options.implementation}\n"
             + moe_report.HEADER
         )
+        if fabric is not None and options.trace is not None:
+            fabric.trace(options.trace)  # until the Fabric closes
         history: list[dict[str, Any]] = []
         pending = []
         with progress:

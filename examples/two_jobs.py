@@ -36,7 +36,12 @@ def open_engine(arguments: argparse.Namespace) -> jf.TransferEngine:
     """Both sides show that they know the token; neither ever sends it."""
     file = arguments.token_file
     token = b"known to nobody else" if file is None else file.read_bytes()
-    return jf.TransferEngine(arguments.transport, job="two_jobs", token=token)
+    engine = jf.TransferEngine(
+        arguments.transport, job="two_jobs", token=token, name=arguments.role
+    )
+    if arguments.trace is not None:
+        engine.trace(arguments.trace.with_suffix(f".{arguments.role}.json"))
+    return engine
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -133,6 +138,7 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=1024)
     parser.add_argument("--page-bytes", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trace", type=Path, help="record each side: FILE.send.json")
     parser.add_argument("--timeout-s", type=float, default=60.0)
     arguments = parser.parse_args()
     if arguments.role is None:
