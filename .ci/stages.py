@@ -165,16 +165,20 @@ pytest -m smoke
 """,
 )
 
-BAZEL = Stage(
-    "bazel",
-    420,
-    _venv("py311")
-    + """
+
+def _bazel(targets: str) -> str:
+    return (
+        _venv("py311")
+        + f"""
 pip install 'jaxlib>=0.9.1,<0.11.1' 'nanobind>=3'
 PYTHON_BIN_PATH=$(command -v python) \
-  bazel --batch --output_user_root="$PWD/build/ci/bazel-root" test //...
-""",
-)
+  bazel --batch --output_user_root="$PWD/build/ci/bazel-root" test {targets}
+"""
+    )
+
+
+# The layers and the module; the sanitizers' stages have run the C++ tests before.
+BAZEL = Stage("bazel", 300, _bazel("//xla_ffi/..."))
 
 # Two hosts on one machine, each started as a cluster would start it; and the
 # example's losses, which the README's test command leaves to this stage.
@@ -274,10 +278,10 @@ STAGES = (
     NETWORK_RATES,
 )
 
-# Longer forms, run by name only. Bazel runs the C++ tests plain; `cpp` is the same
-# through CMake.
+# Longer forms, run by name only. `cpp` and `bazel-tests` run the C++ tests plain.
 LONG_STAGES = (
     Stage("cpp", 600, _cpp("cpp")),
+    Stage("bazel-tests", 600, _bazel("//...")),
     Stage("long", 5400, _venv("py311") + _install("test") + "pytest -m slow"),
     Stage(
         "parity",
