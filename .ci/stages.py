@@ -180,8 +180,7 @@ PYTHON_BIN_PATH=$(command -v python) \
 # The layers and the module; the sanitizers' stages have run the C++ tests before.
 BAZEL = Stage("bazel", 300, _bazel("//xla_ffi/..."))
 
-# Two hosts on one machine, each started as a cluster would start it; and the
-# example's losses, which the README's test command leaves to this stage.
+# Two hosts on one machine; and the example's losses, which README's tests leave out.
 HOSTS = Stage(
     "hosts",
     240,
@@ -269,17 +268,17 @@ STAGES = (
     NETWORK,
     Stage("example", 300, _venv("example") + EXAMPLE_COMMAND),
     Stage("cpp-asan", 500, _cpp("cpp-asan", "-DJAXFABRIC_SANITIZE=address")),
-    Stage("cpp-tsan", 500, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
+    Stage("cpp-tsan", 700, _cpp("cpp-tsan", "-DJAXFABRIC_SANITIZE=thread")),
     BAZEL,
     SMOKE_PY312,
     CUDA,
-    RXE,
     CLANG_TIDY,
-    NETWORK_RATES,
 )
 
 # Longer forms, run by name only. `cpp` and `bazel-tests` run the C++ tests plain.
 LONG_STAGES = (
+    NETWORK_RATES,
+    RXE,
     Stage("cpp", 600, _cpp("cpp")),
     Stage("bazel-tests", 600, _bazel("//...")),
     Stage("long", 5400, _venv("py311") + _install("test") + "pytest -m slow"),

@@ -283,6 +283,8 @@ class TransferEngine(Messages, Writes):
             said in time that its writes into it have ended; it names them. The region
             stays registered, but peers that have heard write no more into it: call
             again, or `disconnect` the peer.
+          FabricError: over ``ofi/tcp``, a peer was lost that may still have writes
+            into it under way: the region stays registered until `close`.
         """
         with native_errors():
             native = self._native.unregister_memory(region.key, timeout_s)

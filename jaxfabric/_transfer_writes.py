@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxfabric._errors import FabricError
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_base import TransferBase, native_errors
 from jaxfabric._transfer_future import TransferFuture
@@ -49,8 +51,14 @@ class ImmCounter:
 
 
 def _check_id(id: int | None) -> int | None:
-    if id is None or (isinstance(id, int) and 0 <= id < IDS_MAX):
-        return id
+    if id is None:
+        return None
+    try:
+        number = operator.index(id)  # also NumPy's
+    except TypeError:
+        number = -1
+    if 0 <= number < IDS_MAX:
+        return number
     raise ValueError(f"id={id!r}: ids are integers, at least 0 and below 2**27")
 
 
@@ -58,6 +66,14 @@ def _check_sizes(what: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 0:
             raise ValueError(f"{what}: {name}={size} is negative")
+
+
+def _check_range(what: str, offset: int, nbytes: int, size: int) -> None:
+    if offset + nbytes > size:
+        raise FabricError(
+            f"{what}: {nbytes} bytes at offset {offset} lie outside the source of "
+            f"{size} bytes"
+        )
 
 
 class Writes(TransferBase):
@@ -111,13 +127,14 @@ class Writes(TransferBase):
           engine.submit_single_write(kv[layer], desc, id=layer, target_offset=4096)
         """
         key, begin, size = self._locate(source, "submit_single_write")
-        length = size - source_offset if nbytes is None else nbytes
+        length = max(0, size - source_offset) if nbytes is None else nbytes
         _check_sizes(
             "submit_single_write",
             source_offset=source_offset,
             target_offset=target_offset,
             nbytes=length,
         )
+        _check_range("submit_single_write", source_offset, length, size)
         with native_errors():
             return self._future(
                 self._native.submit_single_write(
@@ -157,7 +174,7 @@ class Writes(TransferBase):
           engine.submit_paged_writes(mine, [3, 5], desc, [0, 9], 4096, id=1).result()
         """
         what = "submit_paged_writes"
-        key, begin, _ = self._locate(source, what)
+        key, begin, size = self._locate(source, what)
         strides = [
             page_bytes if stride is None else stride
             for stride in (source_stride, target_stride)
@@ -170,11 +187,15 @@ class Writes(TransferBase):
             source_stride=strides[0],
             target_stride=strides[1],
         )
+        pages = page_indices(source_pages, what)
+        if pages.size:
+            last = source_offset + int(pages.max()) * strides[0]
+            _check_range(what, last, page_bytes, size)
         with native_errors():
             return self._future(
                 self._native.submit_paged_writes(
                     key,
-                    page_indices(source_pages, what),
+                    pages,
                     strides[0],
                     begin + source_offset,
                     target.native,
@@ -206,11 +227,12 @@ class Writes(TransferBase):
               source, [jf.ScatterTarget(desc, 100 * i, 0, 100)
                        for i, desc in enumerate(descs)], id=2)
         """
-        key, begin, _ = self._locate(source, "submit_scatter")
+        key, begin, size = self._locate(source, "submit_scatter")
         native = []
         for target in targets:
             desc, *sizes = ScatterTarget(*target)
             _check_sizes("submit_scatter", offsets_and_nbytes=min(sizes))
+            _check_range("submit_scatter", sizes[0], sizes[2], size)
             native.append((desc.native, begin + sizes[0], sizes[1], sizes[2]))
         with native_errors():
             return self._future(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,8 +91,40 @@ def test_an_offset_out_of_range(pair: Pair) -> None:
     for target_offset in (region.nbytes, region.nbytes - 9, 1 << 63):
         with pytest.raises(jf.FabricError, match="outside the target region"):
             a.submit_single_write(source, region.desc, 1, target_offset=target_offset)
-    with pytest.raises(jf.FabricError, match="outside the source region"):
+    with pytest.raises(jf.FabricError, match="outside the source of 10 bytes"):
         a.submit_single_write(source, region.desc, 1, source_offset=1, nbytes=10)
+    with pytest.raises(jf.FabricError, match="0 bytes at offset 11 lie outside"):
+        a.submit_single_write(source, region.desc, 1, source_offset=11)
+
+
+def test_nothing_beyond_the_part_of_an_array_is_sent(pair: Pair) -> None:
+    a, _, _, region = pair
+    part = a.register_memory(np.zeros((4, 8), np.uint8)).array[1]
+    desc = region.desc
+    with pytest.raises(jf.FabricError, match="16 bytes at offset 0 lie outside"):
+        a.submit_single_write(part, desc, 1, nbytes=16)
+    with pytest.raises(jf.FabricError, match="4 bytes at offset 8 lie outside"):
+        a.submit_paged_writes(part, [0, 2], desc, [0, 1], 4, 1)
+    with pytest.raises(jf.FabricError, match="8 bytes at offset 1 lie outside"):
+        a.submit_scatter(part, [jf.ScatterTarget(desc, 1, 0, 8)], 1)
+
+
+def test_ids_are_integers_of_any_kind(pair: Pair) -> None:
+    a, b, _, region = pair
+    source = a.register_memory(np.full(1, POISON, np.uint8))
+    number: Any = np.uint32(3)
+    a.submit_single_write(source, region.desc, number).result()
+    b.imm_counter(3).wait(1)
+    wrong: tuple[Any, ...] = (-1, 1 << 27, 1.0, "1")
+    for bad in wrong:
+        with pytest.raises(ValueError, match="ids are integers"):
+            a.submit_single_write(source, region.desc, bad)
+
+
+@pytest.mark.parametrize("bad", ["two\nlines", "\x1b[31m"])
+def test_a_name_with_control_characters(bad: str) -> None:
+    with pytest.raises(jf.FabricError, match="without control characters"):
+        engine(name=bad)
 
 
 def test_a_description_that_claims_more_than_there_is(pair: Pair) -> None:

@@ -221,6 +221,18 @@ def test_unregistering_names_the_peer_that_is_stopped(transport: str) -> None:
             child.communicate()
 
 
+def test_a_region_stays_where_software_may_still_write_into_it() -> None:
+    with engine("ofi/tcp", name="writer") as a, engine("ofi/tcp") as b:
+        region = b.alloc(100)
+        assert region.desc.nbytes == 100
+        a.connect(b.address()).result()
+        until(lambda: b.peers())
+        b.disconnect(next(iter(b.peers())))
+        with pytest.raises(jf.FabricError, match=r"writer.*may still have writes"):
+            b.unregister_memory(region)
+        assert region.desc.nbytes == 100
+
+
 SENDER = """
 import sys, numpy as np, jaxfabric as jf
 transport, address, desc = sys.argv[1:]

@@ -468,16 +468,23 @@ TEST_F(DomainGroupTest, AFailedAddPeerLeavesNothingBehind) {
                         [&] { return third.messages.size() == 2; }));
 }
 
-TEST_F(DomainGroupTest, RemovingAnOldNameLeavesWhoCameBack) {
+TEST_F(DomainGroupTest, AnAddressIsOfOnePeerUntilThatIsRemoved) {
   Open(1);
-  ASSERT_TRUE(from->group->AddPeer(9, to->group->addresses(), Deadline()).ok());
-  from->group->RemovePeer(1);
+  const auto add = [&] {
+    return from->group->AddPeer(9, to->group->addresses(), Deadline());
+  };
+  EXPECT_EQ(add().code(), StatusCode::kPermissionDenied);
   Status done(StatusCode::kInternal, "open");
-  from->group->SubmitSend(9, "still here",
-                          [&](Status status) { done = status; });
+  const auto note = [&](Status status) { done = status; };
+  from->group->SubmitSend(1, "still here", note);
   ASSERT_TRUE(
       PollUntil({from.get(), to.get()}, [&] { return !to->messages.empty(); }));
   EXPECT_TRUE(done.ok()) << done.message();
+  from->group->RemovePeer(1);
+  ASSERT_TRUE(add().ok());
+  from->group->SubmitSend(9, "by another name", note);
+  ASSERT_TRUE(PollUntil({from.get(), to.get()},
+                        [&] { return to->messages.size() == 2; }));
 }
 
 TEST_F(DomainGroupTest, WhatNoGroupSendsIsDropped) {

@@ -68,6 +68,22 @@ TEST(MessagePartsTest, PartsOfOneMessageAgreeOnTheirNumber) {
   EXPECT_TRUE(complete.empty());
 }
 
+TEST(MessagePartsTest, MessagesOfManyPartsAreHeldWithinBounds) {
+  MessageAssembler assembler;
+  std::vector<std::string> complete;
+  constexpr uint64_t kParts = MessageAssembler::kPartsMax;
+  constexpr uint64_t kMessages =
+      MessageAssembler::kHeldBytesMax / (kParts * sizeof(std::string)) + 1;
+  uint64_t held = 0;
+  while (held < kMessages &&
+         assembler.Add({.a = held + 1, .b = kParts, .body = "x"}, &complete)
+             .ok()) {
+    ++held;
+  }
+  EXPECT_LT(held, kMessages);
+  EXPECT_GT(held, kMessages / 2);
+}
+
 TEST(TransferFrameTest, WhatIsNoFrameIsRefused) {
   const std::string good = TransferFrame{.body = "body"}.Encode();
   EXPECT_EQ(TransferFrame::Decode(good)->body, "body");

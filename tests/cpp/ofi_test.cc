@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -138,7 +139,7 @@ TEST_F(OfiTest, WhoDoesNotKnowTheSecretIsNotAnswered) {
                 : stranger.domain().PostSend(*peer, "let me in", 1);
       EXPECT_TRUE(!posted.ok() || *posted == Posted::kAgain);
     }
-    return deadline.Expired();
+    return deadline.Expired() && ranks_[1]->domain().refused_frames() > 0;
   });
   EXPECT_TRUE(ranks_[1]->messages.empty() && ranks_[1]->immediates.empty());
   EXPECT_GT(ranks_[1]->domain().refused_frames(), 0u);
@@ -281,6 +282,134 @@ TEST_F(OfiTest, AFencedPeerIsKeptOutAndOthersGoOn) {
   peer_ = ranks_[0]->Add(*ranks_[1]);
   ranks_[1]->Add(*ranks_[0]);
   ExpectWorking();
+}
+
+// Ranks 0 and 1 write to each other, and both cut off others before either has
+// polled: both renew their endpoints at once.
+class OfiCrossingTest : public OfiTest {
+ protected:
+  void SetUp() override {
+    OfiTest::SetUp();
+    if (IsSkipped()) return;
+    if (!ranks_[0]->domain().caps().removal_fences) {
+      GTEST_SKIP() << "this one cannot fence";
+    }
+    back_ = ranks_[1]->Add(*ranks_[0]);
+    dead_ = Join();
+  }
+
+  // A rank that is polled as long as it is among those awake.
+  ConformanceRank* Join() {
+    others_.push_back(std::make_unique<ConformanceRank>(
+        *transports_[others_.size() % 2], 4096));
+    ConformanceRank* const other = others_.back().get();
+    for (const auto& rank : ranks_) {
+      names_[other].push_back(rank->Add(*other));
+      other->Add(*rank);
+    }
+    awake_.push_back(other);
+    return other;
+  }
+
+  // Ranks 0 and 1 write and send to each other as much as they may.
+  void Traffic() {
+    for (ConformanceRank* other : awake_) other->Poll();
+    for (const size_t i : {0, 1}) {
+      Domain& domain = ranks_[i]->domain();
+      const PeerId to = i == 0 ? peer_ : back_;
+      for (const bool write : {true, false}) {
+        const auto posted =
+            write ? domain.PostWriteImm(to, ranks_[i]->Source(0),
+                                        ranks_[1 - i]->Target(64), 8, 1, 1)
+                  : domain.PostSend(to, "go on", 2);
+        ASSERT_TRUE(posted.ok()) << posted.status().message();
+        posted_[i] += *posted == Posted::kPosted;
+      }
+    }
+  }
+  bool More(size_t posts) {
+    const size_t until[] = {posted_[0] + posts, posted_[1] + posts};
+    return PollUntil([&] {
+      Traffic();
+      return HasFatalFailure() ||
+             (posted_[0] >= until[0] && posted_[1] >= until[1]);
+    });
+  }
+  bool FencedByBoth() {
+    return PollUntil([&] {
+      Traffic();
+      return HasFatalFailure() ||
+             (ranks_[0]->domain().IsFenced(names_[dead_][0]) &&
+              ranks_[1]->domain().IsFenced(names_[dead_][1]));
+    });
+  }
+  // All that ranks 0 and 1 have said to each other has come, and was called
+  // done.
+  void ExpectNothingLost() {
+    EXPECT_TRUE(PollUntil([&] {
+      return ranks_[0]->done.size() >= posted_[0] &&
+             ranks_[1]->done.size() >= posted_[1] &&
+             ranks_[1]->immediates.size() + ranks_[1]->messages.size() >=
+                 posted_[0] &&
+             ranks_[0]->immediates.size() + ranks_[0]->messages.size() >=
+                 posted_[1];
+    }));
+    for (const auto& rank : ranks_) {
+      EXPECT_TRUE(rank->errors.empty()) << rank->errors[0].status.message();
+      EXPECT_TRUE(rank->losses.empty()) << rank->losses[0].status.message();
+    }
+  }
+
+  PeerId back_ = kUnknownPeer;
+  size_t posted_[2] = {};
+  std::vector<std::unique_ptr<ConformanceRank>> others_;
+  std::vector<ConformanceRank*> awake_;
+  std::map<ConformanceRank*, std::vector<PeerId>> names_;
+  ConformanceRank* dead_ = nullptr;
+};
+
+TEST_F(OfiCrossingTest, TwoThatCutOffAThirdAtOnceKeepEachOther) {
+  ASSERT_TRUE(More(200));
+  awake_.clear();
+  for (const size_t i : {0, 1}) {
+    ranks_[i]->domain().FencePeer(names_[dead_][i]);
+  }
+  const int64_t begin_ns = MonotonicNanoseconds();
+  ASSERT_TRUE(FencedByBoth());
+  ASSERT_TRUE(More(200));
+  EXPECT_LT(MonotonicNanoseconds() - begin_ns, 2'000'000'000);
+  ExpectNothingLost();
+}
+
+TEST_F(OfiCrossingTest, AFrozenFourthKeepsThemApartNoLonger) {
+  ConformanceRank* const frozen = Join();
+  ASSERT_TRUE(More(200));
+  awake_.clear();
+  for (const size_t i : {0, 1}) {
+    ranks_[i]->domain().FencePeer(names_[dead_][i]);
+  }
+  const int64_t begin_ns = MonotonicNanoseconds();
+  ASSERT_TRUE(FencedByBoth());
+  ASSERT_TRUE(More(200));
+  EXPECT_LT(MonotonicNanoseconds() - begin_ns, 3'000'000'000);
+  ExpectNothingLost();
+  // Once awake again, it finds both where they are now.
+  awake_ = {frozen};
+  for (const size_t i : {0, 1}) {
+    EXPECT_TRUE(PollUntil([&] {
+      frozen->Poll();
+      const auto posted =
+          ranks_[i]->domain().PostSend(names_[frozen][i], "awake?", 3);
+      return posted.ok() && *posted == Posted::kPosted;
+    })) << i
+        << frozen->Describe();
+  }
+  EXPECT_TRUE(PollUntil([&] {
+    frozen->Poll();
+    return frozen->messages.size() == 2;
+  })) << frozen->Describe()
+      << ranks_[0]->Describe() << ranks_[1]->Describe();
+  EXPECT_TRUE(frozen->losses.empty());
 }
 
 TEST_F(OfiTest, WritesToAFrozenProcessAreTakenBackOnceItIsRemoved) {

@@ -22,13 +22,17 @@ using RefuseAdd = std::function<Status()>;
 class TamperingDomain final : public Domain {
  public:
   TamperingDomain(std::unique_ptr<Domain> real, const Tamper* tamper,
-                  const RefuseAdd* refuse_add, Doorbell* doorbell)
+                  const RefuseAdd* refuse_add, bool emulates,
+                  Doorbell* doorbell)
       : real_(std::move(real)),
         tamper_(tamper),
         refuse_add_(refuse_add),
-        doorbell_(doorbell) {}
+        doorbell_(doorbell),
+        caps_(real_->caps()) {
+    caps_.emulated_writes = emulates;
+  }
 
-  const DomainCaps& caps() const override { return real_->caps(); }
+  const DomainCaps& caps() const override { return caps_; }
   const NetAddr& address() const override { return real_->address(); }
   StatusOr<uint64_t> RegisterMemory(const MemoryRegion& region) override {
     return real_->RegisterMemory(region);
@@ -75,21 +79,23 @@ class TamperingDomain final : public Domain {
   const Tamper* const tamper_;
   const RefuseAdd* const refuse_add_;
   Doorbell* const doorbell_;
+  DomainCaps caps_;
   std::deque<uint64_t> lost_;
 };
 
 class TamperingTransport final : public Transport {
  public:
   TamperingTransport(std::unique_ptr<Transport> real, Tamper tamper,
-                     RefuseAdd refuse_add = nullptr)
+                     RefuseAdd refuse_add = nullptr, bool emulates = false)
       : real_(std::move(real)),
         tamper_(std::move(tamper)),
-        refuse_add_(std::move(refuse_add)) {}
+        refuse_add_(std::move(refuse_add)),
+        emulates_(emulates) {}
 
   StatusOr<std::unique_ptr<Domain>> OpenDomain() override {
     JF_ASSIGN_OR_RETURN(auto domain, real_->OpenDomain());
     return std::unique_ptr<Domain>(std::make_unique<TamperingDomain>(
-        std::move(domain), &tamper_, &refuse_add_, &doorbell()));
+        std::move(domain), &tamper_, &refuse_add_, emulates_, &doorbell()));
   }
   Doorbell& doorbell() override { return real_->doorbell(); }
 
@@ -97,6 +103,7 @@ class TamperingTransport final : public Transport {
   const std::unique_ptr<Transport> real_;
   const Tamper tamper_;
   const RefuseAdd refuse_add_;
+  const bool emulates_;
 };
 
 }  // namespace jaxfabric

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <map>
 #include <mutex>
 
 #include "engine/transfer_engine.h"
@@ -165,6 +166,19 @@ class Attacker {
     std::vector<DomainGroup::Event> events;
     const Deadline deadline = Patience();
     while (!group_->Idle() && !deadline.Expired()) group_->Poll(&events);
+    Take(events);
+  }
+  // How many frames of this type have come before the next pong.
+  int CountBeforePong(TransferFrame::Type type) {
+    Send(TransferFrame{.type = TransferFrame::Type::kPing}.Encode());
+    const Deadline deadline = Patience();
+    while (!came_[TransferFrame::Type::kPong] && !deadline.Expired()) {
+      std::vector<DomainGroup::Event> events;
+      group_->Poll(&events);
+      Take(events);
+    }
+    EXPECT_FALSE(deadline.Expired()) << "no pong, but " << came_[type];
+    return came_[type];
   }
   Hello MakeHello() const {
     EngineAddress self = {.id = RandomId::Make(), .job = "test", .name = "eve"};
@@ -178,6 +192,14 @@ class Attacker {
   }
 
  private:
+  void Take(const std::vector<DomainGroup::Event>& events) {
+    for (const DomainGroup::Event& event : events) {
+      const auto frame = TransferFrame::Decode(event.message);
+      if (frame.ok()) ++came_[frame->type];
+    }
+  }
+
+  std::map<TransferFrame::Type, int> came_;
   const std::unique_ptr<Transport> transport_ =
       *OpenFakeTransport({.network = "faults"});
   std::unique_ptr<DomainGroup> group_;
@@ -244,6 +266,76 @@ TEST_F(TransferFaultsTest, AReplayedHelloIsRefused) {
   // Its first sender is welcome, with a new one.
   a->Connect(*b);
   EXPECT_EQ(b->engine->stats().handshakes, 2u);
+}
+
+// --- Peers that have the token, and mean no good ---
+
+TEST_F(TransferFaultsTest, AHelloWithTheAddressesOfAnotherEngineIsRefused) {
+  auto a = Open();
+  auto b = Open();
+  const uint32_t peer = a->Connect(*b);
+  Attacker eve(*b);
+  Hello theft = eve.MakeHello();
+  theft.sender.domains = EngineAddress::Decode(a->engine->address())->domains;
+  eve.Send(Attacker::Frame(theft, "secret"));
+  Until([&] { return b->engine->stats().refused_other == 1; });
+  EXPECT_THAT(b->engine->stats().last_refusal, HasSubstr("another peer"));
+  ASSERT_TRUE(EndsWell(a->engine->SubmitSend(peer, "me")));
+  EXPECT_EQ(b->engine->inbox().Take(Patience())->peer, 0u);
+  EXPECT_EQ(b->engine->stats().peers.size(), 1u);
+}
+
+TEST_F(TransferFaultsTest, APeerSpoilsNoIdOfAnother) {
+  auto a = Open();
+  auto b = Open();
+  a->Connect(*b);
+  Attacker eve(*b);
+  eve.Send(Attacker::Frame(eve.MakeHello(), "secret"));
+  Until([&] { return b->engine->stats().handshakes == 2; });
+  const auto waiting = b->engine->ExpectImmCount(7, 1);
+  eve.Send(
+      TransferFrame{.type = TransferFrame::Type::kSpoilt, .a = 7}.Encode());
+  eve.CountBeforePong(TransferFrame::Type::kPong);
+  ASSERT_TRUE(EndsWell(
+      a->engine->SubmitSingleWrite(a->region, 0, b->address, 0, 10, 7)));
+  EXPECT_TRUE(EndsWell(waiting));
+}
+
+TEST_F(TransferFaultsTest, WhoAsksFasterThanItListensIsAnsweredOnce) {
+  using Type = TransferFrame::Type;
+  auto b = Open({}, nullptr, {.delay_max_ns = 20'000'000, .queue_depth = 4});
+  Attacker eve(*b);
+  const std::string hello = Attacker::Frame(eve.MakeHello(), "secret");
+  eve.Send(hello);
+  Until([&] { return b->engine->stats().handshakes == 1; });
+  for (int i = 0; i < 50; ++i) eve.Send(hello);
+  EXPECT_LT(eve.CountBeforePong(Type::kWelcome), 10);
+  Attacker bob(*b);
+  bob.Send(Attacker::Frame(bob.MakeHello(), "secret"));
+  Until([&] { return b->engine->stats().handshakes == 2; });
+  for (uint64_t i = 1; i <= 50; ++i) {
+    bob.Send(TransferFrame{.type = Type::kWithdraw, .a = i, .b = 3}.Encode());
+  }
+  EXPECT_LT(bob.CountBeforePong(Type::kWithdrawn), 10);
+}
+
+TEST_F(TransferFaultsTest, NamesThatAreNoTextAreRefused) {
+  for (const std::string bad :
+       {"a\nb", "\x7f", "\xff", "\xc3", "\xc0\x80", "\xed\xa0\x80",
+        "\xf4\x90\x80\x80", "\xe2\x82"}) {
+    const EngineAddress address = {
+        .id = RandomId::Make(), .job = "j", .name = bad, .domains = {{"d"}}};
+    EXPECT_FALSE(EngineAddress::Decode(address.Encode("t")).ok()) << bad;
+    EXPECT_FALSE(
+        TransferEngine::Open({.job = bad}, *OpenFakeTransport({.network = "n"}))
+            .ok());
+  }
+  for (const std::string good :
+       {"", "worker-0", "\xc3\xbc", "\xe2\x82\xac", "\xf0\x9f\x90\x8d"}) {
+    const EngineAddress address = {
+        .id = RandomId::Make(), .job = "j", .name = good, .domains = {{"d"}}};
+    EXPECT_TRUE(EngineAddress::Decode(address.Encode("t")).ok()) << good;
+  }
 }
 
 }  // namespace

@@ -88,6 +88,61 @@ TEST_F(TransferWithdrawTest, APeerThatDoesNotAnswerIsNamedAndTheRegionStays) {
   EXPECT_TRUE(EndsWell(gone));
 }
 
+TEST_F(TransferWithdrawTest, WhoConnectsMeanwhileIsAskedToo) {
+  std::atomic<bool> mute{false};
+  auto a = Open(
+      {}, [&](std::string&) { return !mute.load(std::memory_order_relaxed); });
+  auto b = Open();
+  auto c = Open();
+  a->Connect(*b);
+  mute.store(true, std::memory_order_relaxed);
+  const auto gone = b->engine->UnregisterMemory(b->region);
+  c->Connect(*b);
+  const auto write = [&] {
+    return EndOf(
+        c->engine->SubmitSingleWrite(c->region, 0, b->address, 0, 1, {}));
+  };
+  Until([&] { return write().code() == StatusCode::kFailedPrecondition; });
+  EXPECT_FALSE((*gone)->done());
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(0)));
+  EXPECT_TRUE(EndsWell(gone));
+}
+
+// What a peer had under way when it was lost may land where software writes.
+TEST_F(TransferWithdrawTest, ARegionStaysWhereALostPeerMayStillWrite) {
+  auto a = Open();
+  auto b = Open({}, nullptr, {}, nullptr, /*emulates=*/true);
+  auto memory = std::make_shared<std::string>(100, 'x');
+  auto* const base = reinterpret_cast<std::byte*>(memory->data());
+  const std::weak_ptr<std::string> alive = memory;
+  const RegionId region =
+      *b->engine->RegisterMemory(base, 100, std::move(memory));
+  ASSERT_TRUE(b->engine->Describe(region).ok());
+  a->Connect(*b);
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(0)));
+  const RegionId unknown = *b->engine->AllocateMemory(100);
+  EXPECT_TRUE(EndsWell(b->engine->UnregisterMemory(unknown)));
+  for (int round = 0; round < 2; ++round) {
+    const Status refused = EndOf(b->engine->UnregisterMemory(region));
+    EXPECT_EQ(refused.code(), StatusCode::kFailedPrecondition);
+    EXPECT_THAT(refused.message(),
+                HasSubstr("unregister_memory: peer 0 node0"));
+    EXPECT_THAT(refused.message(), HasSubstr("stays registered"));
+  }
+  EXPECT_FALSE(alive.expired());
+  b.reset();
+  EXPECT_TRUE(alive.expired());
+}
+
+TEST_F(TransferWithdrawTest, WhoTookLeaveHoldsNoRegion) {
+  auto a = Open();
+  auto b = Open({}, nullptr, {}, nullptr, /*emulates=*/true);
+  const uint32_t peer = a->Connect(*b);
+  ASSERT_TRUE(IsOk(a->engine->Disconnect(peer)));
+  Until([&] { return b->engine->stats().peers.empty(); });
+  EXPECT_TRUE(EndsWell(b->engine->UnregisterMemory(b->region)));
+}
+
 TEST_F(TransferWithdrawTest, WhatNoPeerKnowsOfGoesAtOnce) {
   auto a = Open({}, [](std::string&) { return true; });
   auto b = Open();

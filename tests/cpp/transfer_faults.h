@@ -20,7 +20,8 @@ class TransferFaultsTest : public testing::Test {
   std::unique_ptr<TransferNode> Open(TransferEngineOptions options = {},
                                      Tamper tamper = nullptr,
                                      FakeOptions fake = {},
-                                     RefuseAdd refuse_add = nullptr) {
+                                     RefuseAdd refuse_add = nullptr,
+                                     bool emulates = false) {
     if (options.job.empty()) options.job = "test";
     if (options.token.empty()) options.token = "secret";
     options.name = "node" + std::to_string(next_node_++);
@@ -28,7 +29,8 @@ class TransferFaultsTest : public testing::Test {
     auto transport = *OpenFakeTransport(fake);
     if (tamper == nullptr) tamper = [](std::string&) { return true; };
     transport = std::make_unique<TamperingTransport>(
-        std::move(transport), std::move(tamper), std::move(refuse_add));
+        std::move(transport), std::move(tamper), std::move(refuse_add),
+        emulates);
     return std::make_unique<TransferNode>(std::move(transport), options);
   }
   // The node still does its work for others.

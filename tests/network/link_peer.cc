@@ -3,18 +3,18 @@
 //   link_peer PROVIDER NIC[,NIC...] BYTES LIBRARY
 //
 // Opens an engine over ofi/PROVIDER, or over verbs if that is PROVIDER, with
-// one region of BYTES. Prints its address and the region's, then answers each
-// line with one line of JSON:
+// a source and a target of BYTES each. Prints its address and the target's,
+// then answers each line with one line of JSON:
 //
-//   connect ADDRESS REGION TIMEOUT_S  to the other end, as it printed them
-//   fill SEED                         the region, by a pattern
-//   write ID COUNT TIMEOUT_S          COUNT times into the other end's region
+//   connect ADDRESS TARGET TIMEOUT_S  to the other end, as it printed them
+//   fill SEED                         the source, by a pattern
+//   write ID COUNT TIMEOUT_S          COUNT times into the other end's target
 //   expect ID COUNT TIMEOUT_S         so many transfers of the other end
 //   count ID                          transfers that came and were not expected
 //   send COUNT TIMEOUT_S              numbered messages to the other end
 //   receive COUNT TIMEOUT_S           so many of the other end, in their order
-//   unregister TIMEOUT_S              the region; nothing may use it afterwards
-//   check SEED                        that the region holds the pattern
+//   unregister TIMEOUT_S              the source; nothing may use it afterwards
+//   check SEED                        that the target holds the pattern
 //   stats                             bytes written by each NIC
 //
 // tests/network/link_pair.py starts two of them and joins them by pipes, so
@@ -72,13 +72,15 @@ class LinkPeer {
  public:
   LinkPeer(std::unique_ptr<TransferEngine> engine, uint64_t bytes)
       : engine_(std::move(engine)),
-        region_(*engine_->AllocateMemory(bytes)),
-        memory_(engine_->Memory(region_)) {}
+        source_(*engine_->AllocateMemory(bytes)),
+        source_memory_(engine_->Memory(source_)),
+        own_target_(*engine_->AllocateMemory(bytes)),
+        own_target_memory_(engine_->Memory(own_target_)) {}
 
   std::string Introduction() {
     return "{\"address\": " + Quoted(ToHex(engine_->address())) +
            ", \"region\": " +
-           Quoted(ToHex(engine_->Describe(region_)->Encode())) + "}";
+           Quoted(ToHex(engine_->Describe(own_target_)->Encode())) + "}";
   }
 
   // Returns the outcome; `extra` is added to the answer's JSON object.
@@ -172,7 +174,7 @@ class LinkPeer {
     double timeout_s = 0;
     words >> timeout_s;
     const Deadline deadline = Deadline::AfterSeconds(timeout_s);
-    return WaitFor(engine_->UnregisterMemory(region_, deadline), deadline);
+    return WaitFor(engine_->UnregisterMemory(source_, deadline), deadline);
   }
 
   Status Write(std::istringstream& words, std::string* extra) {
@@ -184,7 +186,7 @@ class LinkPeer {
     std::vector<TransferEngine::Submitted> writes;
     for (int i = 0; i < count; ++i) {
       writes.push_back(engine_->SubmitSingleWrite(
-          region_, 0, target_, 0, memory_->size(), id, deadline));
+          source_, 0, target_, 0, source_memory_->size(), id, deadline));
     }
     Status first;
     int written = 0;
@@ -207,17 +209,18 @@ class LinkPeer {
   }
 
   Status Fill(uint64_t seed) {
-    for (uint64_t i = 0; i < memory_->size() / 8; ++i) {
+    for (uint64_t i = 0; i < source_memory_->size() / 8; ++i) {
       const uint64_t word = PatternWord(seed, i);
-      std::memcpy(memory_->data() + 8 * i, &word, sizeof(word));
+      std::memcpy(source_memory_->data() + 8 * i, &word, sizeof(word));
     }
     return OkStatus();
   }
 
   Status Check(uint64_t seed) {
-    for (uint64_t i = 0; i < memory_->size() / 8; ++i) {
+    for (uint64_t i = 0; i < own_target_memory_->size() / 8; ++i) {
       const uint64_t word = PatternWord(seed, i);
-      if (std::memcmp(memory_->data() + 8 * i, &word, sizeof(word)) == 0) {
+      if (std::memcmp(own_target_memory_->data() + 8 * i, &word,
+                      sizeof(word)) == 0) {
         continue;
       }
       return Status(StatusCode::kDataLoss,
@@ -237,8 +240,10 @@ class LinkPeer {
   }
 
   std::unique_ptr<TransferEngine> engine_;
-  RegionId region_;
-  std::shared_ptr<SharedMemory> memory_;
+  RegionId source_;
+  std::shared_ptr<SharedMemory> source_memory_;
+  RegionId own_target_;
+  std::shared_ptr<SharedMemory> own_target_memory_;
   RegionAddress target_;
   uint32_t peer_ = kUnknownPeer;
   uint64_t sent_ = 0;      // messages

@@ -1,4 +1,4 @@
-"""libfabric's own `efa` provider, on software EFA devices."""
+"""libfabric's own `efa` provider, on software EFA devices; and its `tcp`."""
 
 from __future__ import annotations
 
@@ -45,25 +45,39 @@ def test_conformance_with_short_writes(softefa_build: Path, libfabric: str) -> N
     _conform(softefa_build, libfabric, "efa-direct", {"max_rdma": 1 << 20})
 
 
+def test_conformance_of_tcp(build: Path, libfabric: str) -> None:
+    # Needs no device, but only libfabric 2's tcp can cut off a peer.
+    output = _run_conformance(build, libfabric, "tcp", {})
+    assert "cannot fence" not in output, output
+    assert "crashes when it is cut" not in output, output
+
+
 def _conform(
     build: Path, libfabric: str, provider: str, device: dict[str, int]
 ) -> None:
     with SoftEfa(build, **device) as network:
-        variables = network.environment() | {
-            "JAXFABRIC_LIBFABRIC": libfabric,
-            "JAXFABRIC_TEST_OFI_PROVIDER": provider,
-        }
-        run = subprocess.run(
-            [str(build / CONFORMANCE), "--gtest_brief=1"],
-            env=os.environ | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-        )
+        _run_conformance(build, libfabric, provider, network.environment())
+
+
+def _run_conformance(
+    build: Path, libfabric: str, provider: str, environment: dict[str, str]
+) -> str:
+    variables = environment | {
+        "JAXFABRIC_LIBFABRIC": libfabric,
+        "JAXFABRIC_TEST_OFI_PROVIDER": provider,
+    }
+    run = subprocess.run(
+        [str(build / CONFORMANCE), "--gtest_brief=1"],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stdout
     # Without a device the program would have passed, too.
     assert "without a device" not in run.stdout, run.stdout
+    return run.stdout
 
 
 def _pair(

@@ -116,6 +116,15 @@ Status DomainGroup::AddPeer(uint32_t name,
       Leave(*peer);
       return id.status();
     }
+    // Where memory is mapped, one that was lost stays until its copies end.
+    const auto taken = names_[link.domain].find(*id);
+    if (taken != names_[link.domain].end() && !taken->second.peer->over &&
+        !caps().direct_store) {
+      Leave(*peer);
+      return Status(StatusCode::kPermissionDenied,
+                    "one of its addresses is that of another peer, " +
+                        std::to_string(taken->second.peer->name));
+    }
     link.id = *id;
     peer->links.push_back(std::move(link));
   }
@@ -273,14 +282,13 @@ void DomainGroup::HandleWriteEnd(OpenPost& post, Link& link,
   } else if (IsOfThePost(status)) {
     if (chunk.immediate) link.sent.Take(KeyOfImmediate(*chunk.immediate));
     CloseWrite(*post.peer, post.write, status);
-  } else if (post.peer->fences) {
+  } else if (post.peer->fences && link.state != Link::State::kDead) {
     link.uncertain.push_back(post.write);
     FailLink(post.peer, link, status);
   } else if (post.peer->links.size() > 1) {
     CloseWrite(*post.peer, post.write,
                Status(StatusCode::kUnknown,
-                      "it may have arrived or not, and this transport cannot "
-                      "tell: " +
+                      "it may have arrived or not, and nobody can tell: " +
                           status.message()));
   } else {
     CloseWrite(*post.peer, post.write, status);

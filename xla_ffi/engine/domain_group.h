@@ -76,8 +76,7 @@ class DomainGroup {
   size_t size() const { return domains_.size(); }
   const DomainCaps& caps() const { return domains_[0]->caps(); }
   std::vector<NetAddr> addresses() const;
-  // Longest message that SubmitSend takes.
-  size_t message_bytes_max() const;
+  size_t message_bytes_max() const;  // that SubmitSend takes
 
   StatusOr<std::vector<uint64_t>> RegisterMemory(const MemoryRegion& region);
   // Refused while a transfer that is under way reads this memory.
@@ -119,8 +118,7 @@ class DomainGroup {
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
                            uint64_t length);
 
-  // True if no control message waits or is on its way.
-  bool Idle() const;
+  bool Idle() const;  // no control message waits or is on its way
 
   std::vector<DomainStats> stats() const;  // by Domain
 
@@ -200,14 +198,6 @@ class DomainGroup {
                   const std::vector<UncertainWrite>& writes);
   void PostAgain(GroupPeer& peer, const Link& link,
                  const UncertainWrite& write);
-  // domain_group_repair.cc
-  void StartRepair(const GroupPeerPtr& peer, LinkCount stands_for,
-                   const std::vector<UncertainWrite>& writes);
-  void EndRepair(GroupPeer& peer, uint32_t number, const Status& status);
-  void HandleRepair(const GroupPeerPtr& peer, const LinkFrame& frame);
-  void CountRepairWrites(const GroupPeerPtr& peer, uint32_t number,
-                         uint64_t writes);
-  // domain_group_fence.cc
   bool SendAgain(GroupPeer& peer, Link& link, uint64_t received);
   void Settle(Link& link);
   void GiveUp(const GroupPeerPtr& peer, Link& link);
@@ -217,6 +207,14 @@ class DomainGroup {
                      const LinkFrame& frame);
   void Attend();  // to what time brings
   void AttendLink(const GroupPeerPtr& peer, Link& link);
+
+  // domain_group_repair.cc
+  void StartRepair(const GroupPeerPtr& peer, LinkCount stands_for,
+                   const std::vector<UncertainWrite>& writes);
+  void EndRepair(GroupPeer& peer, uint32_t number, const Status& status);
+  void HandleRepair(const GroupPeerPtr& peer, const LinkFrame& frame);
+  void CountRepairWrites(const GroupPeerPtr& peer, uint32_t number,
+                         uint64_t writes);
 
   std::vector<std::unique_ptr<Domain>> domains_;
   int64_t (*const clock_ns_)();

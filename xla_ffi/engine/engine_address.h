@@ -23,6 +23,8 @@ struct EngineAddress {
   std::string seal;
 
   static constexpr size_t kNameBytesMax = 128;
+  // Whether it may be a job or a name: UTF-8 without control characters.
+  static bool IsText(std::string_view bytes);
 
   // "decode@host (1f2e3d4c)"
   std::string Describe() const { return name + " (" + id.Short() + ")"; }

@@ -83,6 +83,12 @@ StatusOr<MemoryRegistry::Region*> MemoryRegistry::Find(RegionId id) {
   return &found->second;
 }
 
+void MemoryRegistry::MarkStray(const std::string& peer) {
+  for (auto& [id, region] : regions_) {
+    if (region.target && region.described) region.stray = peer;
+  }
+}
+
 void MemoryRegistry::BeginRemoval(RegionId id) {
   const auto found = regions_.find(id);
   if (found != regions_.end()) found->second.closing = true;
@@ -103,6 +109,13 @@ StatusOr<std::shared_ptr<const void>> MemoryRegistry::Remove(DomainGroup& group,
                                                              RegionId id) {
   const auto found = regions_.find(id);
   JF_CHECK(found != regions_.end() && found->second.users == 0);
+  if (!found->second.stray.empty()) {
+    return Status(StatusCode::kFailedPrecondition,
+                  found->second.stray +
+                      "; it may still have writes into the region under way, "
+                      "which this transport cannot stop: the region stays "
+                      "registered until the TransferEngine is closed");
+  }
   if (!found->second.local.keys.empty()) {
     JF_RETURN_IF_ERROR(group.UnregisterMemory(found->second.local.keys));
   }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <unordered_map>
 
 #include "base/shared_memory.h"
@@ -26,6 +27,7 @@ class MemoryRegistry {
     std::shared_ptr<SharedMemory> memory;  // null for foreign memory
     std::shared_ptr<const void> owner;     // of foreign memory: keeps it
     bool described = false;                // so peers may know of it
+    std::string stray;                     // who may write into it for ever
     uint32_t users = 0;
     bool closing = false;
   };
@@ -40,6 +42,9 @@ class MemoryRegistry {
 
   // kNotFound for one that is unregistered, or about to be.
   StatusOr<Region*> Find(RegionId id);
+
+  // `peer` may have writes under way, for ever, into what peers know of.
+  void MarkStray(const std::string& peer);
 
   // Keeps new users away.
   void BeginRemoval(RegionId id);

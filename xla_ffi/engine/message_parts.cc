@@ -39,6 +39,7 @@ Status MessageAssembler::Add(TransferFrame part,
     message.parts.resize(count);
     message.here.resize(count);
     message.missing = count;
+    held_bytes_ += count * sizeof(std::string);
   }
   if (message.parts.size() != count) return broken;
   if (message.here[index]) return OkStatus();
@@ -57,7 +58,8 @@ Status MessageAssembler::Add(TransferFrame part,
     std::string whole;
     whole.reserve(first->second.bytes);
     for (const std::string& piece : first->second.parts) whole += piece;
-    held_bytes_ -= whole.size();
+    held_bytes_ -=
+        whole.size() + first->second.parts.size() * sizeof(std::string);
     complete->push_back(std::move(whole));
   }
   return OkStatus();

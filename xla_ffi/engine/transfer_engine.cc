@@ -73,6 +73,11 @@ StatusOr<std::unique_ptr<TransferEngine>> TransferEngine::Open(
       return Status(StatusCode::kInvalidArgument,
                     "a TransferEngine's job and name have up to 128 bytes");
     }
+    if (!EngineAddress::IsText(*text)) {
+      return Status(StatusCode::kInvalidArgument,
+                    "a TransferEngine's job and name are UTF-8 without control "
+                    "characters");
+    }
   }
   if (!std::isfinite(options.heartbeat_s) || options.heartbeat_s <= 0 ||
       !std::isfinite(options.peer_timeout_s) ||

@@ -57,8 +57,7 @@ class TransferEngine {
 
   static StatusOr<std::unique_ptr<TransferEngine>> Open(
       TransferEngineOptions options, std::unique_ptr<Transport> transport);
-  // BeginClose, and takes leave of the peers.
-  ~TransferEngine();
+  ~TransferEngine();  // BeginClose, and takes leave of the peers
   // Ends what is under way, and any call that waits, with "closed".
   void BeginClose();
 
@@ -145,8 +144,7 @@ class TransferEngine {
   TransferEngine(TransferEngineOptions options,
                  std::unique_ptr<Transport> transport);
 
-  // The worker.
-  void Work();
+  void Work();  // the worker
   // Whether anything happened; nothing if another thread is at it.
   std::optional<bool> ProgressUnlessBusy();
   int64_t SleepNs();
@@ -181,13 +179,15 @@ class TransferEngine {
   void CountLocked(TransferPeer* peer, Immediate immediate);
   void AnnounceLocked(TransferPeer& to, uint32_t id, const PendingWrite& what);
   void TellSpoiltLocked(const RandomId& receiver, uint32_t peer, uint32_t id);
+  void HandleSpoiltLocked(TransferPeer& peer, uint32_t id);
   void SpoilLocked(uint32_t id, const std::string& why);
   void ForgetPartsLocked(const TransferPeer& peer);
 
   // transfer_engine_withdraw.cc
   Status HandleWithdrawLocked(TransferPeer& peer, const TransferFrame& frame);
   void HandleWithdrawnLocked(uint32_t peer, uint64_t number);
-  void AnswerWithdrawalsLocked(TransferPeer& peer);
+  void WriteEndedLocked(const Submission::Part& part);
+  void AnswerWithdrawalLocked(TransferPeer& peer, uint64_t region);
   void RemoveUnusedLocked();
 
   // transfer_engine_peers.cc

@@ -33,6 +33,12 @@ int64_t Nanoseconds(double seconds) {
 
 std::string Bytes(const TransferFrame& frame) { return frame.Encode(); }
 
+// A NIC refuses a write once its region is gone; software that has begun to
+// receive one goes on.
+bool WritesOutliveRegions(const DomainCaps& caps) {
+  return caps.emulated_writes || std::string_view(caps.transport) == "ofi/tcp";
+}
+
 }  // namespace
 
 std::string TransferEngine::NameLocked(uint32_t peer) const {
@@ -204,6 +210,7 @@ Status TransferEngine::HandleHelloLocked(std::string_view body) {
           "a hello of an earlier connection of " + peer.address.Describe());
     }
     if (!again && peer.connected && peer.their_nonce) {
+      peers_.at(known->second)->came_back = true;
       LosePeerLocked(known->second, Status(StatusCode::kUnavailable,
                                            "it gave up this connection and "
                                            "connected again"));
@@ -231,9 +238,16 @@ Status TransferEngine::HandleHelloLocked(std::string_view body) {
   TransferPeer& peer = *peers_.at(name);
   peer.their_nonce = hello.nonce;
   ConnectedLocked(peer);
+  if (std::exchange(peer.welcome_waits, true)) return OkStatus();
   const Welcome welcome = {hello.sender.id, self_.id, hello.nonce, peer.nonce};
-  group_->SubmitSend(name, Bytes({.type = Type::kWelcome,
-                                  .body = welcome.Encode(options_.token)}));
+  group_->SubmitSend(
+      name,
+      Bytes({.type = Type::kWelcome, .body = welcome.Encode(options_.token)}),
+      [this, name](const Status&) {
+        const auto found = peers_.find(name);
+        if (found == peers_.end()) return;
+        found->second->welcome_waits = false;
+      });
   return OkStatus();
 }
 
@@ -266,6 +280,14 @@ void TransferEngine::ConnectedLocked(TransferPeer& peer) {
   }
   for (const SubmissionPtr& submission : waiting) {
     FinishLocked(submission, OkStatus(), peer.name);
+  }
+  // It may have been told of these regions before it connected.
+  for (const auto& [region, submission] : unregistering_) {
+    if (!submission->told) continue;
+    submission->unanswered.push_back(peer.name);
+    group_->SubmitSend(peer.name, Bytes({.type = Type::kWithdraw,
+                                         .a = submission->future->number(),
+                                         .b = region}));
   }
 }
 
@@ -319,9 +341,7 @@ Status TransferEngine::HandlePeerFrameLocked(TransferPeer& peer,
                          found->second->pong_waits = false;
                        });
   } else if (frame.type == Type::kSpoilt) {
-    SpoilLocked(static_cast<uint32_t>(frame.a),
-                NameLocked(peer.name) +
-                    " gave up a transfer when a part of it was sent");
+    HandleSpoiltLocked(peer, static_cast<uint32_t>(frame.a));
   } else if (frame.type == Type::kUses) {
     peer.their_ids.Add(static_cast<uint32_t>(frame.a), {});
   } else if (frame.type == Type::kWithdraw) {
@@ -421,6 +441,12 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
     to_remove_.insert(name);
   } else {
     group_->RemovePeer(name);
+  }
+  // What it had under way here ends first where it said goodbye; or where it
+  // has come back: then it says so itself.
+  if (WritesOutliveRegions(caps_) && gone->connected && !gone->farewell &&
+      !gone->came_back) {
+    registry_.MarkStray(NameLocked(name));
   }
   ForgetPartsLocked(*gone);
   HandleWithdrawnLocked(name, 0);

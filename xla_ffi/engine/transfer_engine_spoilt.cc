@@ -34,6 +34,9 @@ void TransferEngine::CountLocked(TransferPeer* peer, Immediate immediate) {
     if (part == 0) peer->parts.erase(immediate.id);
   }
   for (const std::function<void()>& callback : ready) callback();
+  if (peer != nullptr && peer->spoilt.Find(immediate.id) != nullptr) {
+    HandleSpoiltLocked(*peer, immediate.id);
+  }
 }
 
 void TransferEngine::AnnounceLocked(TransferPeer& to, uint32_t id,
@@ -61,6 +64,26 @@ void TransferEngine::TellSpoiltLocked(const RandomId& receiver, uint32_t name,
       TransferFrame{.type = TransferFrame::Type::kSpoilt, .a = id}.Encode());
 }
 
+// Where it is known who sends what, no peer spoils the ids of others.
+void TransferEngine::HandleSpoiltLocked(TransferPeer& peer, uint32_t id) {
+  const bool is_waited_for =
+      std::any_of(live_.begin(), live_.end(), [&](const auto& item) {
+        const Submission& submission = *item.second;
+        const auto& sources = submission.sources;
+        return submission.kind == SubmissionKind::kExpect &&
+               submission.id == id &&
+               std::find(sources.begin(), sources.end(), peer.name) !=
+                   sources.end();
+      });
+  if (caps_.immediate_names_peer && !is_waited_for &&
+      !peer.parts.contains(id)) {
+    peer.spoilt.Add(id, {});  // a part may still come
+    return;
+  }
+  SpoilLocked(id, NameLocked(peer.name) +
+                      " gave up a transfer when a part of it was sent");
+}
+
 void TransferEngine::SpoilLocked(uint32_t id, const std::string& why) {
   if (!spoilt_.Add(self_.id, id, why)) return;
   std::vector<SubmissionPtr> waiting;
@@ -75,6 +98,7 @@ void TransferEngine::SpoilLocked(uint32_t id, const std::string& why) {
         spoilt_.Check(self_.id, id).Annotate(submission->future->label()));
   }
   counters_.Drop(id, ~uint64_t{0});
+  for (auto& [name, peer] : peers_) peer->parts.erase(id);
 }
 
 void TransferEngine::ForgetPartsLocked(const TransferPeer& peer) {

@@ -287,7 +287,7 @@ void TransferEngine::EndPartLocked(const SubmissionPtr& submission, size_t part,
     FinishLocked(submission,
                  submission->part_failed ? submission->failure : OkStatus());
   }
-  if (is_write && peer != nullptr) AnswerWithdrawalsLocked(*peer);
+  if (is_write) WriteEndedLocked(ended);
 }
 
 TransferEngine::Submitted TransferEngine::SubmitSend(uint32_t name,

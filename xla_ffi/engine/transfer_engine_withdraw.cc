@@ -6,7 +6,8 @@
 //   owner  kWithdrawn from all: no NIC writes into R, which is unregistered
 //
 // A peer that does not answer in time is named, and R stays. One that is lost
-// need not answer: the group has removed it.
+// need not answer: the group has removed it. Where its writes may land all the
+// same, R stays.
 
 #include <algorithm>
 #include <utility>
@@ -30,8 +31,9 @@ TransferEngine::Submitted TransferEngine::UnregisterMemory(
   unregistering_[id] = submission;
   const TransferFrame frame = {
       .type = Type::kWithdraw, .a = submission->future->number(), .b = id};
+  submission->told = region->target && region->described;
   for (const auto& [name, peer] : peers_) {
-    if (!region->target || !region->described || !peer->connected) continue;
+    if (!submission->told || !peer->connected) continue;
     submission->unanswered.push_back(name);
     group_->SubmitSend(name, frame.Encode());
   }
@@ -42,39 +44,60 @@ TransferEngine::Submitted TransferEngine::UnregisterMemory(
 
 Status TransferEngine::HandleWithdrawLocked(TransferPeer& peer,
                                             const TransferFrame& frame) {
-  if (peer.withdrawals.size() >= TransferPeer::kRecentMax) {
+  const uint64_t region = frame.b;
+  if (peer.withdrawals.size() >= TransferPeer::kRecentMax &&
+      !peer.withdrawals.contains(region)) {
     return Status(StatusCode::kDataLoss,
                   "it withdraws more than 2^16 regions at a time");
   }
-  peer.withdrawn.Add(frame.b, {});
-  peer.withdrawals.push_back({frame.a, frame.b});
-  AnswerWithdrawalsLocked(peer);
+  peer.withdrawn.Add(region, {});
+  const auto [found, is_new] = peer.withdrawals.try_emplace(region);
+  found->second.number = frame.a;
+  if (is_new) {
+    // From here on none is added. Those of an earlier connection count, too.
+    for (const auto& [number, submission] : live_) {
+      if (submission->kind != SubmissionKind::kWrites) continue;
+      for (const Submission::Part& part : submission->parts) {
+        found->second.open += part.open && part.receiver == peer.address.id &&
+                              part.target == region;
+      }
+    }
+  }
+  AnswerWithdrawalLocked(peer, region);
   return OkStatus();
 }
 
-void TransferEngine::AnswerWithdrawalsLocked(TransferPeer& peer) {
-  const auto in_use = [&](uint64_t region) {
-    return std::any_of(live_.begin(), live_.end(), [&](const auto& item) {
-      const Submission& submission = *item.second;
-      return submission.kind == SubmissionKind::kWrites &&
-             std::any_of(submission.parts.begin(), submission.parts.end(),
-                         [&](const Submission::Part& part) {
-                           return part.open && part.peer == peer.name &&
-                                  part.target == region;
-                         });
-    });
+void TransferEngine::WriteEndedLocked(const Submission::Part& part) {
+  const auto owner = peer_by_engine_.find(part.receiver);
+  if (owner == peer_by_engine_.end()) return;
+  TransferPeer& peer = *peers_.at(owner->second);
+  const auto found = peer.withdrawals.find(part.target);
+  if (found == peer.withdrawals.end() || found->second.open == 0) return;
+  --found->second.open;
+  AnswerWithdrawalLocked(peer, part.target);
+}
+
+// It is kept until its answer has gone, so that answers, too, are bounded.
+void TransferEngine::AnswerWithdrawalLocked(TransferPeer& peer,
+                                            uint64_t region) {
+  TransferPeer::Withdrawal& withdrawal = peer.withdrawals.at(region);
+  if (withdrawal.open > 0 || withdrawal.answering) return;
+  withdrawal.answering = true;
+  const uint64_t number = withdrawal.number;
+  const auto sent = [this, name = peer.name, region, number](const Status&) {
+    const auto found = peers_.find(name);
+    if (found == peers_.end()) return;
+    auto& withdrawals = found->second->withdrawals;
+    if (withdrawals.at(region).number == number) {
+      withdrawals.erase(region);
+    } else {  // it asked again meanwhile
+      withdrawals.at(region).answering = false;
+      AnswerWithdrawalLocked(*found->second, region);
+    }
   };
-  std::vector<uint64_t> answered;
-  std::erase_if(peer.withdrawals, [&](const auto& withdrawal) {
-    if (in_use(withdrawal.region)) return false;
-    answered.push_back(withdrawal.number);
-    return true;
-  });
-  for (const uint64_t number : answered) {
-    group_->SubmitSend(
-        peer.name,
-        TransferFrame{.type = Type::kWithdrawn, .a = number}.Encode());
-  }
+  group_->SubmitSend(
+      peer.name, TransferFrame{.type = Type::kWithdrawn, .a = number}.Encode(),
+      sent);
 }
 
 // Also for a peer that is lost, and whatever it was asked: `number` 0.
@@ -91,11 +114,13 @@ void TransferEngine::RemoveUnusedLocked() {
     const auto waits = unregistering_.find(region);
     if (waits == unregistering_.end()) continue;  // it gave up meanwhile
     const SubmissionPtr submission = waits->second;
-    if (!submission->unanswered.empty() || registry_.Users(region) > 0)
+    if (!submission->unanswered.empty() || registry_.Users(region) > 0) {
       continue;
+    }
     unregistering_.erase(waits);
     auto removed = registry_.Remove(*group_, region);
-    FinishLocked(submission, removed.status());
+    FinishLocked(submission,
+                 removed.status().Annotate(submission->future->label()));
     if (!removed.ok()) {
       registry_.AbandonRemoval(region);
     } else if (*removed != nullptr) {

@@ -4,10 +4,10 @@
 #define JAXFABRIC_ENGINE_TRANSFER_PEER_H_
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <unordered_map>
 #include <variant>
-#include <vector>
 
 #include "engine/engine_address.h"
 #include "engine/message_parts.h"
@@ -33,7 +33,8 @@ struct TransferPeer {
   // The peer unregisters a region; it is to know when our writes have ended.
   struct Withdrawal {
     uint64_t number = 0;
-    uint64_t region = 0;
+    uint64_t open = 0;       // our writes into it
+    bool answering = false;  // the answer is on its way
   };
 
   // Barriers that one connection remembers.
@@ -57,8 +58,10 @@ struct TransferPeer {
 
   int64_t last_heard_ns = 0;
   int64_t last_ping_ns = 0;
-  bool pong_waits = false;  // to be sent; another would say the same
+  bool pong_waits = false;     // to be sent; another would say the same
+  bool welcome_waits = false;  // the same
   std::optional<Farewell> farewell;
+  bool came_back = false;  // over another connection, which replaces this one
 
   uint64_t next_message = 0;
   MessageAssembler assembler;
@@ -69,12 +72,14 @@ struct TransferPeer {
 
   // Units of transfers that are not whole, by id; where the NIC names peers.
   std::unordered_map<uint32_t, uint64_t> parts;
+  // Ids of transfers that it gave up, and of which no part has come; there.
+  RecentMap<uint32_t, std::monostate> spoilt{kRecentMax};
   // Ids under which the peer, and we, send parts; where it does not.
   RecentMap<uint32_t, std::monostate> their_ids{kRecentMax};
   RecentMap<uint32_t, std::monostate> our_ids{kRecentMax};
 
   RecentMap<uint64_t, std::monostate> withdrawn{kRecentMax};  // regions
-  std::vector<Withdrawal> withdrawals;  // that are not answered
+  std::map<uint64_t, Withdrawal> withdrawals;  // by region: not answered
 };
 
 }  // namespace jaxfabric

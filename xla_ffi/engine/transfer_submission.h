@@ -76,6 +76,7 @@ struct Submission {
   ImmCounterTable::Handle expectation = 0;  // kExpect
   std::vector<uint32_t> sources;            // kExpect
 
+  bool told = false;                 // kUnregister: peers may know of it
   std::vector<uint32_t> unanswered;  // kUnregister: peers that were asked
 };
 

@@ -103,10 +103,12 @@ void OfiBell::Wake() {
 
 void OfiBell::Wait(uint32_t seen, Deadline deadline) {
   // seq_cst on both words, as in Doorbell::Ring. Old rings are taken off by who
-  // sleeps alone, and before it looks: none that somebody waits for gets lost.
+  // sleeps alone, and before it looks. Another may have come and looked since:
+  // it needs the ring that was taken off with the old ones.
   if (words()->sleepers.fetch_add(1, std::memory_order_seq_cst) == 0) {
     uint64_t rings = 0;
     (void)!read(rung_.get(), &rings, sizeof(rings));
+    if (words()->sequence.load(std::memory_order_seq_cst) != seen) Wake();
   }
   if (words()->sequence.load(std::memory_order_seq_cst) == seen) {
     constexpr int64_t kMillisecond = 1'000'000;

@@ -117,7 +117,7 @@ void OfiDomain::FillCaps() {
 }
 
 OfiDomain::~OfiDomain() {
-  if (operations_ != nullptr) SayBye();
+  if (operations_ != nullptr && !stopped_) SayBye();
   if (watched_fd_ >= 0) bell_->Remove(watched_fd_);
   if (endpoint_ != nullptr) endpoint_->Stop();
 }

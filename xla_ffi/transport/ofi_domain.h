@@ -109,6 +109,7 @@ class OfiDomain final : public Domain {
   void Forget(OfiPeer* peer);
   void Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument = 0,
             std::string payload = "");
+  void DropStaleFrames(OfiPeer& peer);
   // Posts the peer's first frame; false if it cannot be posted now.
   bool PumpFrame(OfiPeer& peer);
   void OnFrame(const OfiFrame& frame);
@@ -132,7 +133,7 @@ class OfiDomain final : public Domain {
   void Renew();
   void CloseEndpoint();
   void WelcomeBack();
-  void OnPause(OfiPeer& peer);
+  void OnPause(OfiPeer& peer, uint64_t generation);
   void AnswerPause(OfiPeer& peer);
 
   const JobKey key_;

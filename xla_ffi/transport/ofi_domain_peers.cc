@@ -4,6 +4,7 @@
 
 #ifdef JAXFABRIC_HAVE_LIBFABRIC
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -37,8 +38,15 @@ constexpr int64_t kPauseMaxNs = 5'000 * kMillisecond;
 constexpr int64_t kRemovedNs = 300 * kMillisecond;
 // A loss is reported although posts are still open after this.
 constexpr int64_t kLossDelayNs = 1000 * kMillisecond;
+// Answers that wait for a peer to take them; it asks again for the others.
+constexpr size_t kAnswersMax = 1024;
 // Posts and farewells may take so long to leave when a Domain closes.
 constexpr double kByeSeconds = 0.1;
+
+bool IsOfAKey(OfiFrameKind kind) {
+  return kind == OfiFrameKind::kAsk || kind == OfiFrameKind::kAnswer ||
+         kind == OfiFrameKind::kGone;
+}
 
 }  // namespace
 
@@ -84,9 +92,11 @@ Status OfiDomain::Move(OfiPeer& peer, const OfiAddress& address) {
   const fi_addr_t former = peer.fi_address;
   peer.address = address;
   JF_RETURN_IF_ERROR(Insert(peer));
+  DropStaleFrames(peer);
   peer.former.push_back(former);
   peer.state = OfiPeer::State::kGreeting;
-  peer.pauses_us = peer.pause_due = false;
+  peer.pauses_us = peer.pause_due = peer.has_paused = false;
+  peer.moved_ns = MonotonicNanoseconds();
   peer.failures = 0;
   peer.stuck_ns = peer.repeat_ns = 0;
   peer.probe.reset();
@@ -147,8 +157,25 @@ void OfiDomain::RemovePeer(PeerId id) {
 void OfiDomain::Tell(OfiPeer& peer, OfiFrameKind kind, uint64_t argument,
                      std::string payload) {
   if (peer.state == OfiPeer::State::kLost) return;
-  peer.frames.push_back({kind, argument, std::move(payload)});
+  const bool is_queued =
+      !IsOfAKey(kind) &&
+      std::any_of(peer.frames.begin(), peer.frames.end(),
+                  [kind](const auto& frame) { return frame.kind == kind; });
+  if (is_queued) return;  // once says it all
+  OfiPeer::Outgoing frame = {kind, argument, std::move(payload)};
+  // Everything else waits until the peer is back.
+  if (kind == OfiFrameKind::kPaused) {
+    peer.frames.push_front(std::move(frame));
+  } else {
+    peer.frames.push_back(std::move(frame));
+  }
   ++frames_waiting_;
+}
+
+// After one of the two has another endpoint: what was to be said of the former.
+void OfiDomain::DropStaleFrames(OfiPeer& peer) {
+  frames_waiting_ -= std::erase_if(
+      peer.frames, [](const auto& frame) { return !IsOfAKey(frame.kind); });
 }
 
 bool OfiDomain::PumpFrame(OfiPeer& peer) {
@@ -210,18 +237,23 @@ void OfiDomain::OnFrame(const OfiFrame& frame) {
   if (peer == nullptr) return;
   switch (frame.kind) {
     case OfiFrameKind::kWelcome:
+      // It may post from now on, and was not told so far.
+      if (renewing_ && peer->state == OfiPeer::State::kGreeting) {
+        Tell(*peer, OfiFrameKind::kPause, address_.generation);
+      }
       peer->state = OfiPeer::State::kReady;
       peer->greeted = true;
       peer->must_listen.reset();
       AnswerPause(*peer);
       break;
     case OfiFrameKind::kPause:
-      OnPause(*peer);
+      OnPause(*peer, frame.argument);
       break;
     case OfiFrameKind::kPaused:
-      peer->has_paused = renewing_;
+      peer->has_paused = renewing_ && frame.argument == address_.generation;
       break;
     case OfiFrameKind::kAsk: {
+      if (peer->frames.size() >= kAnswersMax) break;
       OfiRegion region;
       if (const MemoryRegion* ours = regions_.Find(frame.argument)) {
         region.provider_key = endpoint_->KeyOf(memory_.at(frame.argument));
@@ -270,7 +302,7 @@ void OfiDomain::OnHello(const OfiFrame& frame) {
   peer.greeted = true;
   Tell(peer, OfiFrameKind::kWelcome);
   // It has not heard of this, at least not at its present endpoint.
-  if (renewing_) Tell(peer, OfiFrameKind::kPause);
+  if (renewing_) Tell(peer, OfiFrameKind::kPause, address_.generation);
 }
 
 void OfiDomain::OnAnswer(OfiPeer& peer, const OfiFrame& frame) {
@@ -356,11 +388,14 @@ void OfiDomain::TendPeer(OfiPeer& peer, int64_t now_ns) {
                         DescribeEndpoint(peer.address) +
                             " was about to open another endpoint, and did not "
                             "come back"));
+      return;
     }
-    return;
+    // Until it was told that nothing is posted to it, it has to find us.
+    if (!peer.pause_due) return;
   }
   if (peer.state == OfiPeer::State::kGreeting && !IsAnswered(peer)) return;
-  if (peer.stuck_ns != 0) ProbePeer(peer, now_ns);
+  // Between two endpoints nobody listens.
+  if (peer.stuck_ns != 0 && !peer.pauses_us) ProbePeer(peer, now_ns);
   if (!peer.frames.empty() || peer.state == OfiPeer::State::kLost) return;
   if (now_ns >= peer.repeat_ns) {
     peer.repeat_ns = now_ns + kRepeatNs;

@@ -12,7 +12,8 @@
 //   kHello   from the new endpoint, whose address has a higher generation
 //
 // Of two Domains that do this at once, the one with the smaller nonce goes
-// first: else each would greet the other where it is no longer.
+// first: else each would greet the other where it is no longer. The other waits
+// for it longer than it waits for those who are silent.
 
 #include "transport/ofi_domain.h"
 
@@ -27,6 +28,9 @@ namespace {
 constexpr int64_t kMillisecond = 1'000'000;
 // So long, peers may take to pause. A peer that lives takes one round trip.
 constexpr int64_t kPatienceNs = 500 * kMillisecond;
+// The same for one that renews its own endpoint first, and waits for others;
+// and for all together.
+constexpr int64_t kTurnPatienceNs = 4 * kPatienceNs;
 // The same for those that are to be cut off: mostly they cannot hear us.
 constexpr int64_t kCondemnedPatienceNs = 100 * kMillisecond;
 // A device says that a write is done a little before its target can see it.
@@ -39,7 +43,8 @@ void OfiDomain::FencePeer(PeerId id) {
   if (id >= ids_.size() || ids_[id] == nullptr) return;
   OfiPeer& peer = *std::exchange(ids_[id], nullptr);
   peer.loss_due = false;
-  if (!peer.greeted && peer.open == 0) {  // so it has posted nothing
+  // Then it has posted nothing, or what it posts comes to nobody.
+  if (stopped_ || (!peer.greeted && peer.open == 0)) {
     peer.id = kUnknownPeer;
     Lose(peer, Status(StatusCode::kCancelled, "the peer was removed"));
     return;
@@ -57,7 +62,7 @@ void OfiDomain::BeginRenewal() {
   for (auto& [nonce, peer] : peers_) {
     peer->has_paused = false;
     if (peer->state == OfiPeer::State::kReady) {
-      Tell(*peer, OfiFrameKind::kPause);
+      Tell(*peer, OfiFrameKind::kPause, address_.generation);
     }
   }
   doorbell_->Ring();
@@ -65,14 +70,21 @@ void OfiDomain::BeginRenewal() {
 
 // Whether nobody posts here any more, as far as that can be had.
 bool OfiDomain::IsQuiet(int64_t now_ns) const {
-  const int64_t waited_ns = now_ns - renewal_ns_;
+  if (now_ns - renewal_ns_ >= kTurnPatienceNs) return true;
   return std::all_of(peers_.begin(), peers_.end(), [&](const auto& item) {
     const OfiPeer& peer = *item.second;
-    if (peer.state != OfiPeer::State::kReady) return true;
+    if (peer.state == OfiPeer::State::kLost) return true;
+    if (peer.state == OfiPeer::State::kGreeting && !peer.greeted &&
+        peer.open == 0) {
+      return true;
+    }
     if (peer.has_paused && peer.open == 0) return true;
     // Nobody counts any more what somebody posts who was merely removed.
     if (peer.condemned && !fencing_.contains(peer.id)) return true;
-    return waited_ns >= (peer.condemned ? kCondemnedPatienceNs : kPatienceNs);
+    const int64_t waited_ns = now_ns - std::max(renewal_ns_, peer.moved_ns);
+    if (peer.condemned) return waited_ns >= kCondemnedPatienceNs;
+    const bool its_turn = peer.pauses_us && !peer.pause_due;
+    return !its_turn && waited_ns >= kPatienceNs;
   });
 }
 
@@ -136,8 +148,10 @@ void OfiDomain::WelcomeBack() {
       Lose(*peer, inserted, /*tell=*/false);
       continue;
     }
+    DropStaleFrames(*peer);
     peer->state = OfiPeer::State::kGreeting;
     peer->greeted = false;
+    peer->pause_due = peer->pauses_us;  // from here, it has to hear it anew
     peer->repeat_ns = peer->stuck_ns = 0;
     peer->heard_ns = MonotonicNanoseconds();
   }
@@ -146,9 +160,10 @@ void OfiDomain::WelcomeBack() {
 
 // --- The other side of it ----------------------------------------------------
 
-void OfiDomain::OnPause(OfiPeer& peer) {
+void OfiDomain::OnPause(OfiPeer& peer, uint64_t generation) {
+  if (generation < peer.address.generation) return;  // it is back already
+  if (!peer.pauses_us) peer.pauses_us_ns = MonotonicNanoseconds();
   peer.pauses_us = peer.pause_due = true;
-  peer.pauses_us_ns = MonotonicNanoseconds();
   AnswerPause(peer);
 }
 
@@ -156,9 +171,9 @@ void OfiDomain::AnswerPause(OfiPeer& peer) {
   if (!peer.pause_due || peer.posts > 0) return;
   const bool we_go_first =
       renewing_ && !peer.condemned && address_.nonce < peer.address.nonce;
-  if (we_go_first || peer.state == OfiPeer::State::kLost) return;
+  if (we_go_first || peer.state != OfiPeer::State::kReady) return;
   peer.pause_due = false;
-  Tell(peer, OfiFrameKind::kPaused);
+  Tell(peer, OfiFrameKind::kPaused, peer.address.generation);
 }
 
 }  // namespace jaxfabric

@@ -28,6 +28,7 @@ enum class OfiFrameKind : uint16_t {
   kBye = 8,      // the sender's Domain closes, or has lost us
   // The sender is about to close its endpoint and open another: post nothing to
   // it until it says hello. kPaused: all that was posted to it has ended.
+  // Argument: the generation of that endpoint; they may come after a later one.
   kPause = 9,
   kPaused = 10,
 };

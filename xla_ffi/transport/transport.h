@@ -149,8 +149,9 @@ class Domain {
   // Forgets a peer, and keeps it out where caps().removal_fences: once IsFenced
   // says so, all posts to it have ended, nothing that it has posted lands here
   // any more, and what it posts fails until both have added each other anew.
-  // What landed before is still polled, under its PeerId. Other peers lose
-  // nothing; they may have to wait for some milliseconds.
+  // What landed before is still polled, under its PeerId. Other peers that poll
+  // lose nothing; they may have to wait for some milliseconds. To one that does
+  // not poll for longer, a transport may lose what is under way.
   virtual void FencePeer(PeerId peer) { RemovePeer(peer); }
   virtual bool IsFenced(PeerId) const { return true; }
 
