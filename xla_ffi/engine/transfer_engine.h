@@ -78,7 +78,7 @@ class TransferEngine {
   // --- Memory, see MemoryRegistry ---
   StatusOr<RegionId> RegisterMemory(
       std::byte* base, uint64_t length,
-      std::shared_ptr<const void> owner = nullptr);
+      const std::shared_ptr<const void>& owner = nullptr);
   StatusOr<RegionId> AllocateMemory(uint64_t length);
   // Done once nobody uses the region, here or at a peer; none may begin to. If
   // that takes too long it stays, but peers who were asked leave it alone.

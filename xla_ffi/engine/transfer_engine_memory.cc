@@ -32,8 +32,10 @@ void TransferEngine::FreeWatcher(const std::shared_ptr<Watcher>& watcher) {
   watcher->Close();
 }
 
+// Where it fails, the caller's reference to the owner outlives the lock.
 StatusOr<RegionId> TransferEngine::RegisterMemory(
-    std::byte* base, uint64_t length, std::shared_ptr<const void> owner) {
+    std::byte* base, uint64_t length,
+    const std::shared_ptr<const void>& owner) {
   std::lock_guard<std::mutex> lock(mutex_);
   return registry_.Register(*group_, base, length, owner);
 }
