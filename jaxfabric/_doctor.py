@@ -130,6 +130,16 @@ def _open_transport(name: str, found: str) -> Check:
             fix="use an instance type with RDMA write (fi_info -p efa -c FI_RMA), and "
             "leave FI_EFA_USE_DEVICE_RDMA unset",
         )
+    if not caps["removal_fences"]:
+        return Check(
+            f"transport {name}",
+            Verdict.WARN,
+            f"{found}; cannot cut off a peer: a write to a process that is frozen ends "
+            "only when that goes on or dies, and a NIC that fails leaves the outcome "
+            "unknown",
+            fix="use libfabric 2: pip install 'jaxfabric[ofi]', and leave "
+            "JAXFABRIC_LIBFABRIC unset",
+        )
     return Check(f"transport {name}", Verdict.PASS, found)
 
 

@@ -24,8 +24,8 @@ from jaxfabric._errors import (
 )
 from jaxfabric._interfaces import (
     choose_interfaces,
-    first_core,
     network_host,
+    place,
     share_interfaces,
 )
 from jaxfabric._libfabric import libfabric_path
@@ -60,9 +60,9 @@ class Fabric:
         by way of libibverbs); ``"ofi/tcp"``, ``"ofi/efa"`` and ``"ofi/efa-direct"``
         (NICs, by way of libfabric); ``"fake"`` (one process, seeded chaos, for tests);
         ``None`` is ``"shm"``. The processes of a host share its EFA and verbs devices
-        evenly, each taking those closest to its cores. For TCP there is one
-        interface: loopback if all processes run on one host, else the one that leads
-        to JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
+        evenly, each taking those closest to its GPUs, then to its cores. For TCP it is
+        loopback if all processes run on one host, else the interface that leads to
+        JAX's coordinator. JAXFABRIC_NICS names others, up to 8.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       name: tells Fabrics over one mesh apart.
       mailbox_bytes: largest message between two ranks, in bytes.
@@ -202,7 +202,7 @@ class Fabric:
             "asked": asked,
             "secret": secrets.token_hex(32),
             "host": network_host(),
-            "core": first_core(),
+            "place": place(),
         }
         answers = [
             json.loads(answer)
@@ -221,10 +221,10 @@ class Fabric:
 
     def _choose_nics(self, answers: Sequence[Mapping[str, Any]]) -> list[str]:
         hosts = [answer["host"] for answer in answers]
-        cores = [answer["core"] for answer in answers]
+        places = [answer["place"] for answer in answers]
         me = self._processes.index(jax.process_index())
         chosen = choose_interfaces(self.transport, hosts)
-        return chosen or share_interfaces(self.transport, hosts, cores, me)
+        return chosen or share_interfaces(self.transport, hosts, places, me)
 
     def _abandon(self) -> None:
         if self._native is not None:

@@ -133,6 +133,9 @@ def transport_checks(
     return found(tmp_path)
 
 
+CAPS = {"queue_depth": 256, "emulated_writes": False, "removal_fences": True}
+
+
 def test_a_device_that_emulates_writes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
@@ -140,7 +143,7 @@ def test_a_device_that_emulates_writes(
 
     def opens(name: str, emulated: bool = True) -> dict[str, Any]:
         asked.append(name)
-        return {"queue_depth": 256, "emulated_writes": emulated}
+        return CAPS | {"emulated_writes": emulated}
 
     checks = transport_checks(monkeypatch, tmp_path, opens)
     assert asked == ["ofi/efa"]  # memory needs no opening, what is missing neither
@@ -151,6 +154,32 @@ def test_a_device_that_emulates_writes(
     checks = transport_checks(monkeypatch, tmp_path, lambda name: opens(name, False))
     assert checks["transport ofi/efa"].verdict is Verdict.PASS
     assert "256 writes at a time" in checks["transport ofi/efa"].found
+
+
+def test_a_transport_that_cannot_cut_off_a_peer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    checks = transport_checks(
+        monkeypatch, tmp_path, lambda name: CAPS | {"removal_fences": False}
+    )
+    check = checks["transport ofi/efa"]
+    assert check.verdict is Verdict.WARN
+    assert "frozen" in check.found
+    assert "jaxfabric[ofi]" in check.fix
+
+
+def test_debians_libfabric_1_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = next(pathlib.Path("/usr/lib").glob("*/libfabric.so.1"), None)
+    if library is None:
+        pytest.skip("no libfabric of the system: apt-get install libfabric1")
+    # In a process of its own: two libfabrics in one do not end well.
+    monkeypatch.setenv("JAXFABRIC_LIBFABRIC", str(library))
+    printed = run_child("-m", "jaxfabric._cli", "doctor", "--json")
+    check = {row["name"]: row for row in json.loads(printed)}["transport ofi/tcp"]
+    if "libfabric 1." not in check["found"]:
+        pytest.skip(f"not libfabric 1: {check['found']}")
+    assert check["verdict"] == Verdict.WARN
+    assert "cannot cut off a peer" in check["found"]
 
 
 def test_a_device_that_cannot_be_opened(

@@ -74,15 +74,16 @@ TEST(TopologyTest, NicsAreOrderedByTheirWayToTheGpuThenToTheCore) {
   EXPECT_THAT(topology->nics(),
               ElementsAre("rdma0a", "rdma0b", "rdma1a", "rdma1b", "rdma2a",
                           "rdma2b", "rdma3a", "rdma3b"));
-  EXPECT_THAT(topology->ByDistance(topology->nics(), {.gpu = "0000:30:00.0"}),
-              ElementsAre("rdma3a", "rdma3b", "rdma2a", "rdma2b", "rdma0a",
-                          "rdma0b", "rdma1a", "rdma1b"));
+  EXPECT_THAT(
+      topology->ByDistance(topology->nics(), {.gpus = {"0000:30:00.0"}}),
+      ElementsAre("rdma3a", "rdma3b", "rdma2a", "rdma2b", "rdma0a", "rdma0b",
+                  "rdma1a", "rdma1b"));
   EXPECT_THAT(topology->ByDistance(topology->nics(), {.core = 2}),
               ElementsAre("rdma2a", "rdma2b", "rdma3a", "rdma3b", "rdma0a",
                           "rdma0b", "rdma1a", "rdma1b"));
   // The GPU counts before the core, and NICs have PCI addresses too.
   EXPECT_THAT(topology->ByDistance({"0000:00:01.0", "rdma2a"},
-                                   {.gpu = "0000:20:00.0", .core = 0}),
+                                   {.gpus = {"0000:20:00.0"}, .core = 0}),
               ElementsAre("rdma2a", "0000:00:01.0"));
   EXPECT_THAT(topology->ByDistance({"unheard of", "rdma1a"}, {.core = 0}),
               ElementsAre("rdma1a", "unheard of"));
@@ -93,13 +94,41 @@ TEST(TopologyTest, EachRankGetsTheNicsOfItsSwitch) {
   std::vector<RankPlace> ranks;
   for (const char* const gpu :
        {"0000:30:00.0", "0000:00:00.0", "0000:20:00.0", "0000:10:00.0"}) {
-    ranks.push_back({.gpu = gpu});
+    ranks.push_back({.gpus = {gpu}});
   }
   EXPECT_THAT(SplitNics(topology, topology.nics(), ranks),
               ElementsAre(ElementsAre("rdma3a", "rdma3b"),
                           ElementsAre("rdma0a", "rdma0b"),
                           ElementsAre("rdma2a", "rdma2b"),
                           ElementsAre("rdma1a", "rdma1b")));
+}
+
+// A process may have several GPUs, and then needs the NICs of each.
+TEST(TopologyTest, AProcessTakesTheNicsOfItsGpus) {
+  const auto topology = *Topology::FromHwlocXml(TwoPackages());
+  const std::vector<std::string> nics = {"rdma3a", "rdma1b", "rdma1a",
+                                         "rdma3b"};  // two GPUs' switches
+  const std::string gpu1 = "0000:10:00.0";
+  const std::string gpu3 = "0000:30:00.0";
+  EXPECT_THAT(topology.Nearest(nics, {0}, {gpu1}),
+              ElementsAre("rdma1b", "rdma1a"));
+  EXPECT_THAT(topology.Nearest(nics, {0}, {gpu3}),
+              ElementsAre("rdma3a", "rdma3b"));
+  EXPECT_EQ(topology.Nearest(nics, {0}, {gpu3, gpu1}), nics);
+  // The cores decide, where the GPU is unknown, or all are as far from it.
+  EXPECT_THAT(topology.Nearest(nics, {0}, {"0000:77:00.0"}),
+              ElementsAre("rdma1b", "rdma1a"));
+  EXPECT_THAT(topology.Nearest({"rdma2a", "rdma2b"}, {0}, {gpu3}),
+              ElementsAre("rdma2a", "rdma2b"));
+  EXPECT_THAT(SplitNics(topology, nics, {{.gpus = {gpu3}}, {.gpus = {gpu1}}}),
+              ElementsAre(ElementsAre("rdma3a", "rdma3b"),
+                          ElementsAre("rdma1b", "rdma1a")));
+  EXPECT_THAT(
+      SplitNics(topology, topology.nics(),
+                {{.gpus = {gpu3, gpu1}},
+                 {.gpus = {"0000:00:00.0", "0000:20:00.0"}, .core = 3}}),
+      ElementsAre(ElementsAre("rdma1a", "rdma1b", "rdma3a", "rdma3b"),
+                  ElementsAre("rdma2a", "rdma2b", "rdma0a", "rdma0b")));
 }
 
 TEST(TopologyTest, AProcessOfOneNodeTakesTheNicsOfThatNode) {
@@ -226,7 +255,7 @@ TEST_F(SysfsTest, NumaNodesAndThePciTreeAreKnown) {
   EXPECT_THAT(topology.ByDistance({"near1", "mlx5_0", "near0"}, {.core = 1}),
               ElementsAre("near0", "near1", "mlx5_0"));
   EXPECT_THAT(topology.ByDistance({"near0", "mlx5_0", "near1"},
-                                  {.gpu = "0000:82:00.0", .core = 0}),
+                                  {.gpus = {"0000:82:00.0"}, .core = 0}),
               ElementsAre("near1", "mlx5_0", "near0"));
 }
 

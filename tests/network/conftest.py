@@ -51,3 +51,10 @@ def network_namespaces() -> None:
     """Skips where there are none."""
     if why := namespaces.why_not():
         pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def own_machines() -> None:
+    """Skips where a network namespace cannot pass for a machine of its own."""
+    if why := namespaces.why_not(own_machine=True):
+        pytest.skip(why)

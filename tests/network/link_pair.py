@@ -19,6 +19,9 @@ OPEN_TIMEOUT_S = 30.0
 # What an answer may take beyond the time that its command was given.
 GRACE_S = 10.0
 ROUNDS = 5  # of a comparison of rates
+# Where allowed, before all else that runs here: links and NICs of software need cores
+# to be as fast as their pace, as real ones do not.
+AHEAD = ("nice", "--adjustment=-20") if os.geteuid() == 0 else ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class LinkPeer:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
-            command,
+            [*AHEAD, *command],
             env=os.environ | dict(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -146,13 +149,24 @@ def link_pair(
         yield LinkPair(writer, receiver, bytes)
 
 
-def median_of_rounds(compare: Callable[[int], float]) -> float:
-    """The median of ratios of rates that were measured in turns.
+def rates_in_turns(measures: Sequence[Callable[[int], float]]) -> list[list[float]]:
+    """Rates that are compared, measured in turns: what disturbs one disturbs all.
 
     Args:
-        compare: measures both rates, one right after the other, under the id that it
-            is given, and returns their ratio.
+        measures: each measures a rate, in bytes/s, under the id that it is given.
+
+    Returns:
+        The rates of each, by round.
     """
-    ratios = [compare(id) for id in range(1, ROUNDS + 1)]
-    print(f"ratios: {[round(ratio, 3) for ratio in ratios]}")
+    turns = [[measure(id) for measure in measures] for id in range(1, ROUNDS + 1)]
+    rates = [list(of_one) for of_one in zip(*turns, strict=True)]
+    for of_one in rates:
+        print("MB/s:", *(f"{rate / 1e6:.1f}" for rate in of_one))
+    return rates
+
+
+def median_ratio(rates: Sequence[float], base: Sequence[float]) -> float:
+    """The median of the rounds' ratios of `rates` to `base`."""
+    ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
+    print("ratios:", *(f"{ratio:.3f}" for ratio in ratios))
     return statistics.median(ratios)

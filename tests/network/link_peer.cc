@@ -14,6 +14,9 @@
 //   send COUNT TIMEOUT_S              numbered messages to the other end
 //   receive COUNT TIMEOUT_S           so many of the other end, in their order
 //   unregister TIMEOUT_S              the source; nothing may use it afterwards
+//   withdraw TIMEOUT_S                the same for the target
+//   disconnect                        from the other end
+//   store SEED                        the pattern in the target
 //   check SEED                        that the target holds the pattern
 //   stats                             bytes written by each NIC
 //
@@ -94,10 +97,13 @@ class LinkPeer {
     if (command == "stats") return Stats(extra);
     if (command == "send") return Send(words);
     if (command == "receive") return Receive(words);
-    if (command == "unregister") return Unregister(words);
+    if (command == "unregister") return Unregister(source_, words);
+    if (command == "withdraw") return Unregister(own_target_, words);
+    if (command == "disconnect") return engine_->Disconnect(peer_);
     uint64_t seed = 0;  // or an id
     words >> seed;
-    if (command == "fill") return Fill(seed);
+    if (command == "fill") return Fill(*source_memory_, seed);
+    if (command == "store") return Fill(*own_target_memory_, seed);
     if (command == "check") return Check(seed);
     if (command == "count") {
       *extra = ", \"count\": " + std::to_string(engine_->ImmCount(seed));
@@ -170,11 +176,11 @@ class LinkPeer {
     return OkStatus();
   }
 
-  Status Unregister(std::istringstream& words) {
+  Status Unregister(RegionId region, std::istringstream& words) {
     double timeout_s = 0;
     words >> timeout_s;
     const Deadline deadline = Deadline::AfterSeconds(timeout_s);
-    return WaitFor(engine_->UnregisterMemory(source_, deadline), deadline);
+    return WaitFor(engine_->UnregisterMemory(region, deadline), deadline);
   }
 
   Status Write(std::istringstream& words, std::string* extra) {
@@ -208,10 +214,10 @@ class LinkPeer {
     return WaitFor(engine_->ExpectImmCount(id, count, {}, deadline), deadline);
   }
 
-  Status Fill(uint64_t seed) {
-    for (uint64_t i = 0; i < source_memory_->size() / 8; ++i) {
+  static Status Fill(SharedMemory& memory, uint64_t seed) {
+    for (uint64_t i = 0; i < memory.size() / 8; ++i) {
       const uint64_t word = PatternWord(seed, i);
-      std::memcpy(source_memory_->data() + 8 * i, &word, sizeof(word));
+      std::memcpy(memory.data() + 8 * i, &word, sizeof(word));
     }
     return OkStatus();
   }

@@ -11,6 +11,7 @@ kernel's own TCP; what this cannot show is loss, delay or the speed of a NIC.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -26,8 +27,7 @@ COMMAND_TIMEOUT_S = 20
 BURST = "256kb"
 QUEUE_LATENCY = "5ms"
 
-# Own /dev/shm, own name, and an address that the name stands for (Gloo asks for
-# it). `ip netns exec` has unshared the mounts already.
+# Own /dev/shm, own name, and an address that the name stands for (Gloo asks for it).
 OWN_MACHINE = """
 name=$1 address=$2; shift 2
 mount -t tmpfs shm /dev/shm && hostname "$name" || exit
@@ -37,25 +37,53 @@ exec "$@"
 """
 
 
-def _ip(*arguments: str, tool: str = "ip") -> str:
+def _inside(name: str, command: Sequence[str]) -> list[str]:
+    """A command line in a network namespace.
+
+    `ip netns exec` and `ip -n` also remount /sys, which a chroot does not let them.
+    """
+    return ["nsenter", f"--net=/run/netns/{name}", "--", *command]
+
+
+def _run(command: Sequence[str]) -> str:
     run = subprocess.run(
-        [tool, *arguments], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+        command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
     )
     if run.returncode != 0:
-        command = " ".join([tool, *arguments])
-        raise OSError(f"{command}: {run.stderr.strip() or run.returncode}")
+        raise OSError(f"{' '.join(command)}: {run.stderr.strip() or run.returncode}")
     return run.stdout
 
 
-def why_not() -> str | None:
-    """A sentence on why there can be no namespaces here, or None."""
-    for tool in ("ip", "tc"):
+def _run_in(name: str, *command: str) -> str:
+    return _run(_inside(name, command))
+
+
+@functools.cache
+def _propagation() -> str:
+    """How a host that is a machine of its own gets its mounts.
+
+    In a chroot, whose root is no mount point, none can be made private.
+    """
+    private = ["unshare", "--mount", "--propagation=private", "true"]
+    made = subprocess.run(private, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+    return "private" if made.returncode == 0 else "unchanged"
+
+
+def why_not(*, own_machine: bool = False) -> str | None:
+    """A sentence on why there can be no hosts here, or None.
+
+    Args:
+        own_machine: whether commands are to run as on machines of their own.
+    """
+    for tool, package in (
+        *(("ip", "iproute2"), ("tc", "iproute2")),
+        *(("nsenter", "util-linux"), ("unshare", "util-linux")),
+    ):
         if shutil.which(tool) is None:
-            return f"no `{tool}` (package iproute2)"
-    probe = f"jf{os.getpid()}p"
+            return f"no `{tool}` (package {package})"
     try:
-        _ip("netns", "add", probe)
-        _ip("netns", "del", probe)
+        with two_hosts(["1gbit"]) as hosts:
+            _run(hosts.command(0, ["true"], own_machine=own_machine))
     except OSError as error:
         return f"no network namespaces, which need CAP_NET_ADMIN: {error}"
     return None
@@ -93,22 +121,22 @@ class Hosts:
         """
         if own_machine:
             name, address = self.names[host], self.address(host, 0)
-            script = ["sh", "-c", OWN_MACHINE, "sh", name, address]
-            command = ["unshare", "--uts", *script, *command]
-        return ["ip", "netns", "exec", self.names[host], *command]
+            own = ["unshare", "--uts", "--mount", f"--propagation={_propagation()}"]
+            command = [*own, "sh", "-c", OWN_MACHINE, "sh", name, address, *command]
+        return _inside(self.names[host], command)
 
     def set_link(self, link: int, *, up: bool) -> None:
         """Takes both ends of a link down, or up again."""
         for host, name in enumerate(self.names):
             state = "up" if up else "down"
-            _ip("-n", name, "link", "set", self.device(host, link), state)
+            _run_in(name, "ip", "link", "set", self.device(host, link), state)
 
     def set_rate(self, link: int, rate: str) -> None:
         """Limits both directions of a link, as in "1gbit"."""
         limit = ["root", "tbf", "rate", rate, "burst", BURST, "latency", QUEUE_LATENCY]
         for host, name in enumerate(self.names):
             device = self.device(host, link)
-            _ip("-n", name, "qdisc", "replace", "dev", device, *limit, tool="tc")
+            _run_in(name, "tc", "qdisc", "replace", "dev", device, *limit)
 
     def wait_for_carrier(self, link: int) -> None:
         """Waits until both ends of a link that is up say so.
@@ -119,7 +147,7 @@ class Hosts:
         deadline = time.monotonic() + COMMAND_TIMEOUT_S
         for host, name in enumerate(self.names):
             device = self.device(host, link)
-            while "LOWER_UP" not in _ip("-n", name, "link", "show", "dev", device):
+            while "LOWER_UP" not in _run_in(name, "ip", "link", "show", "dev", device):
                 if time.monotonic() > deadline:
                     raise OSError(f"{device}: no carrier in {COMMAND_TIMEOUT_S} s")
                 time.sleep(0.02)
@@ -127,14 +155,12 @@ class Hosts:
     def _add_link(self, link: int) -> None:
         ends = [self.device(host, link) for host in range(HOSTS)]
         left, right = self.names
-        _ip(
-            *("link", "add", ends[0], "netns", left),
-            *("type", "veth", "peer", "name", ends[1], "netns", right),
-        )
+        end = ["ip", "link", "add", ends[0], "netns", left]
+        _run([*end, "type", "veth", "peer", "name", ends[1], "netns", right])
         for host, name in enumerate(self.names):
             address = f"{self.address(host, link)}/24"
-            _ip("-n", name, "addr", "add", address, "dev", ends[host])
-            _ip("-n", name, "link", "set", ends[host], "mtu", str(MTU), "up")
+            _run_in(name, "ip", "addr", "add", address, "dev", ends[host])
+            _run_in(name, "ip", "link", "set", ends[host], "mtu", str(MTU), "up")
 
 
 @contextlib.contextmanager
@@ -149,9 +175,9 @@ def two_hosts(rates: Sequence[str | None]) -> Iterator[Hosts]:
     made = []
     try:
         for name in names:
-            _ip("netns", "add", name)
+            _run(["ip", "netns", "add", name])
             made.append(name)
-            _ip("-n", name, "link", "set", "lo", "up")
+            _run_in(name, "ip", "link", "set", "lo", "up")
         for link, rate in enumerate(rates):
             hosts._add_link(link)
             if rate is not None:
@@ -162,4 +188,4 @@ def two_hosts(rates: Sequence[str | None]) -> Iterator[Hosts]:
     finally:
         for name in made:
             with contextlib.suppress(OSError):
-                _ip("netns", "del", name)
+                _run(["ip", "netns", "del", name])

@@ -133,3 +133,34 @@ def test_writes_to_a_frozen_process_end_and_free_their_memory(
         if ending == signal.SIGCONT:
             # It has lost its peer, and nothing else.
             frozen.ask("count 2").check()
+
+
+def test_a_region_ends_although_a_frozen_writer_was_lost(
+    build: Path, libfabric: str
+) -> None:
+    # What it had under way lies in the kernel, and would land when it goes on.
+    with _tcp_peers(build, libfabric, 64 * MIB) as (owner, frozen, third):
+        owner.ask(f"connect {frozen.address} {frozen.region} 10", 10).check()
+        frozen.ask(f"connect {owner.address} {owner.region} 10", 10).check()
+        third.ask(f"connect {frozen.address} {frozen.region} 10", 10).check()
+        third.ask(f"connect {owner.address} {owner.region} 10", 10).check()
+        frozen.ask("fill 1").check()
+        frozen.tell("write 2 200 20")
+        owner.ask("expect 2 2 10", 10).check()
+        frozen.process.send_signal(signal.SIGSTOP)
+        try:
+            late = owner.ask("withdraw 0.5", 0.5)
+            assert late.error is not None
+            assert "stays registered" in late.error
+            # They would rather not pause for somebody who dies.
+            owner.ask("disconnect").check()
+            third.tell("write 3 1 10")
+            owner.ask("withdraw 5", 5).check()
+            third.answer(10)  # perhaps refused: the region goes
+            owner.ask("store 5").check()
+        finally:
+            frozen.process.send_signal(signal.SIGCONT)
+        assert frozen.answer(20).error is not None
+        owner.ask("check 5").check()
+        # Others are still there.
+        third.ask("send 10 5", 5).check()

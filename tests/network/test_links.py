@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from network.link_pair import PROGRAM, LinkPair, link_pair, median_of_rounds
+from network.link_pair import (
+    PROGRAM,
+    LinkPair,
+    link_pair,
+    median_ratio,
+    rates_in_turns,
+)
 from network.namespaces import Hosts, two_hosts
 
 pytestmark = pytest.mark.usefixtures("network_namespaces")
@@ -46,11 +52,13 @@ def _count(megabits_per_second: float, seconds: float) -> int:
     return max(1, round(megabits_per_second * 1e6 / 8 * seconds / REGION_BYTES))
 
 
-def _share_of_the_links(links: Links, megabits: list[float], seconds: float) -> float:
-    """What one engine gets over all links, by what they carry at the same time.
+def _rates(
+    links: Links, megabits: list[float], seconds: float
+) -> tuple[list[float], list[float]]:
+    """What engines of one link each get together, and what one over all links gets.
 
-    The median of five rounds: in each every link by itself, one after the other, then
-    the engine that has all of them.
+    In turns; those of one link run at the same time, so that they need as much of the
+    machine as the other.
     """
     counts = [_count(rate, seconds) for rate in megabits]
     count = _count(sum(megabits), seconds)
@@ -58,23 +66,28 @@ def _share_of_the_links(links: Links, megabits: list[float], seconds: float) -> 
         singles = [
             stack.enter_context(links.pair([link])) for link in range(len(megabits))
         ]
-        together = stack.enter_context(links.pair(list(range(len(megabits)))))
+        group = stack.enter_context(links.pair(list(range(len(megabits)))))
 
-        def share(id: int) -> float:
-            alone = [
-                pair.transfer(id, count)
-                for pair, count in zip(singles, counts, strict=True)
-            ]
-            return together.transfer(id, count) / sum(alone)
+        def sum_of_singles(id: int) -> float:
+            work = list(zip(singles, counts, strict=True))
+            for pair in singles:
+                pair.writer.ask(f"fill {id}").check()
+            for pair, count in work:
+                pair.begin(id, count)
+            return sum(pair.finish(id, count) for pair, count in work)
 
-        return median_of_rounds(share)
+        measures = [sum_of_singles, lambda id: group.transfer(id, count)]
+        of_singles, of_group = rates_in_turns(measures)
+        return of_singles, of_group
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_an_engine_fills_equal_links(build: Path, libfabric: str, count: int) -> None:
     with _links(build, libfabric, ["500mbit"] * count) as links:
-        assert _share_of_the_links(links, [500] * count, 0.4) >= 0.95
+        singles, together = _rates(links, [500] * count, 0.4)
+    # The best of each, as no link can be faster than its limit.
+    assert max(together) >= 0.95 * max(singles)
 
 
 @pytest.mark.slow
@@ -84,7 +97,8 @@ def test_a_slow_link_slows_only_itself(build: Path, libfabric: str) -> None:
     with _links(build, libfabric, rates) as links:
         # Long enough for the end, where only the slow one is busy, to be short.
         megabits = [1000.0, 1000.0, 1000.0, 250.0]
-        assert _share_of_the_links(links, megabits, 1.0) >= 0.95
+        singles, together = _rates(links, megabits, 1.0)
+    assert median_ratio(together, singles) >= 0.95
 
 
 def test_a_link_that_is_down_for_3_s_loses_nothing(build: Path, libfabric: str) -> None:

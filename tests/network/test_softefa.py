@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from network.link_pair import PROGRAM, LinkPair, link_pair, median_of_rounds
+from network.link_pair import (
+    PROGRAM,
+    LinkPair,
+    link_pair,
+    median_ratio,
+    rates_in_turns,
+)
 from network.softefa import SoftEfa
 
-CONFORMANCE = Path("tests/cpp/ofi_test")
+CONFORMANCE = (Path("tests/cpp/ofi_test"), Path("tests/cpp/ofi_fence_test"))
 REGION_BYTES = 32 << 20  # long enough for the engine's largest chunks
 
 BOTH = ("efa", "efa-direct")
@@ -52,6 +58,19 @@ def test_conformance_of_tcp(build: Path, libfabric: str) -> None:
     assert "crashes when it is cut" not in output, output
 
 
+def test_shm_between_processes(build: Path, libfabric: str) -> None:
+    # Within one process libfabric's shm crashes, so there is no conformance suite.
+    command = [str(build / PROGRAM), "shm", "shm", str(REGION_BYTES), libfabric]
+    with link_pair((command, command), REGION_BYTES) as pair:
+        for id in range(1, 4):
+            pair.transfer(id, count=2)
+        pair.receiver.tell("receive 100 10")
+        pair.writer.ask("send 100 10", 10).check()
+        pair.receiver.answer(10).check()
+    for peer in (pair.writer, pair.receiver):
+        assert peer.process.returncode == 0
+
+
 def _conform(
     build: Path, libfabric: str, provider: str, device: dict[str, int]
 ) -> None:
@@ -66,18 +85,21 @@ def _run_conformance(
         "JAXFABRIC_LIBFABRIC": libfabric,
         "JAXFABRIC_TEST_OFI_PROVIDER": provider,
     }
-    run = subprocess.run(
-        [str(build / CONFORMANCE), "--gtest_brief=1"],
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stdout
+    output = ""
+    for program in CONFORMANCE:
+        run = subprocess.run(
+            [str(build / program), "--gtest_brief=1"],
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stdout
+        output += run.stdout
     # Without a device the program would have passed, too.
-    assert "without a device" not in run.stdout, run.stdout
-    return run.stdout
+    assert "without a device" not in output, output
+    return output
 
 
 def _pair(
@@ -98,18 +120,27 @@ def _pair(
 def test_four_paced_nics_carry_four_times_as_much_as_one(
     softefa_build: Path, libfabric: str, provider: str
 ) -> None:
+    # A software NIC whose process waits for a core, longer than it has work posted, is
+    # slower than a real one would be: the slower its pace, the more time it has.
+    gbps = 0.5
     with (
-        # Slow, so that a busy machine's pauses are shorter than what NICs have to do.
-        SoftEfa(softefa_build, nics=1, gbps=0.2) as one,
-        SoftEfa(softefa_build, nics=4, gbps=0.2) as four,
+        SoftEfa(softefa_build, nics=1, gbps=gbps) as one,
+        SoftEfa(softefa_build, nics=4, gbps=gbps) as four,
         _pair(softefa_build, libfabric, provider, one) as single,
         _pair(softefa_build, libfabric, provider, four) as group,
     ):
-        # 1.3 s each, so that start and end are short.
-        ratio = median_of_rounds(
-            lambda id: group.transfer(id, count=4) / single.transfer(id)
-        )
-    assert ratio >= 3.95
+        # 2.1 s each, 128 MiB for each NIC: at the end, three wait for the one with the
+        # last chunk, of 1 MiB. The best of each in up to 8 turns, as no NIC can be
+        # faster than its pace.
+        of_one = of_four = 0.0
+        for id in range(1, 9):
+            of_one = max(of_one, single.transfer(id, count=4))
+            of_four = max(of_four, group.transfer(id, count=16))
+            print(f"MB/s: {of_one / 1e6:.1f} {of_four / 1e6:.1f}")
+            if of_four >= 3.95 * of_one:
+                break
+    assert 0.985 <= of_one / (gbps * 1e9 / 8) <= 1.01
+    assert of_four >= 3.95 * of_one
 
 
 @pytest.mark.slow
@@ -129,12 +160,14 @@ def test_a_slow_nic_slows_only_itself(
         network = stack.enter_context(SoftEfa(softefa_build, nics=4, gbps=settings))
         group = stack.enter_context(_pair(softefa_build, libfabric, provider, network))
 
-        def share(id: int) -> float:
+        def sum_of_singles(id: int) -> float:
             fast, slow = (pair.transfer(id) for pair in singles)
-            # 1.5 s: the end, where only the slow one is busy, is short by comparison.
-            return group.transfer(id, count=9) / (3 * fast + slow)
+            return 3 * fast + slow
 
-        assert median_of_rounds(share) >= 0.95
+        # 1.5 s: the end, where only the slow one is busy, is short by comparison.
+        measures = [sum_of_singles, lambda id: group.transfer(id, count=9)]
+        alone, at_once = rates_in_turns(measures)
+        assert median_ratio(at_once, alone) >= 0.95
 
 
 @pytest.mark.parametrize("state", ["down", "unacked", "late", "dying"])

@@ -25,7 +25,7 @@ def _plugin() -> list[str]:
     return [] if installed else ["-p", "jaxfabric.testing.plugin"]
 
 
-@pytest.mark.usefixtures("build", "libfabric", "network_namespaces")
+@pytest.mark.usefixtures("build", "libfabric", "own_machines")
 def test_hosts_without_common_memory_run_the_joint_tests_over_tcp() -> None:
     command = [*(sys.executable, "-P", "-m", "pytest", str(JOINT_TESTS)), *_plugin()]
     with contextlib.ExitStack() as stack:

@@ -246,9 +246,35 @@ int Topology::AncestorIn(const std::set<int>& objects, int object) const {
   return object;
 }
 
+std::vector<std::string> Topology::Closest(const std::vector<std::string>& nics,
+                                           const RankPlace& place) const {
+  std::pair<uint32_t, uint32_t> closest;
+  for (const std::string& nic : nics) {
+    closest = std::max(closest, Closeness(nic, place));
+  }
+  std::vector<std::string> found;
+  for (const std::string& nic : nics) {
+    if (Closeness(nic, place) == closest) found.push_back(nic);
+  }
+  return found;
+}
+
 std::vector<std::string> Topology::Nearest(
-    const std::vector<std::string>& nics,
-    const std::vector<uint32_t>& cores) const {
+    const std::vector<std::string>& nics, const std::vector<uint32_t>& cores,
+    const std::vector<std::string>& gpus) const {
+  std::set<std::string> near_gpus;
+  for (const std::string& gpu : gpus) {
+    const std::vector<std::string> closest = Closest(nics, {.gpus = {gpu}});
+    if (closest.size() == nics.size()) continue;  // says nothing, or unknown
+    near_gpus.insert(closest.begin(), closest.end());
+  }
+  if (!near_gpus.empty()) {
+    std::vector<std::string> nearest = nics;
+    std::erase_if(nearest, [&](const std::string& nic) {
+      return !near_gpus.contains(nic);
+    });
+    return nearest;
+  }
   const std::set<int> holders = NodeHolders();
   std::set<int> nodes;
   for (size_t i = 0; i < objects_.size(); ++i) {
@@ -262,16 +288,7 @@ std::vector<std::string> Topology::Nearest(
     }
   }
   if (nodes.size() != 1) return nics;
-  const RankPlace place = {.core = cores.front()};
-  std::pair<uint32_t, uint32_t> closest;
-  for (const std::string& nic : nics) {
-    closest = std::max(closest, Closeness(nic, place));
-  }
-  std::vector<std::string> nearest;
-  for (const std::string& nic : nics) {
-    if (Closeness(nic, place) == closest) nearest.push_back(nic);
-  }
-  return nearest;
+  return Closest(nics, {.core = cores.front()});
 }
 
 std::vector<uint32_t> Topology::CoresNear(
@@ -313,8 +330,11 @@ std::pair<uint32_t, uint32_t> Topology::Closeness(
       to_core = DepthOfCommon(device, static_cast<int>(i));
     }
   }
-  const int gpu = place.gpu.empty() ? -1 : Find(place.gpu);
-  return {DepthOfCommon(device, gpu), to_core};
+  uint32_t to_gpu = 0;
+  for (const std::string& gpu : place.gpus) {
+    to_gpu = std::max(to_gpu, DepthOfCommon(device, Find(gpu)));
+  }
+  return {to_gpu, to_core};
 }
 
 std::vector<std::string> Topology::ByDistance(std::vector<std::string> nics,

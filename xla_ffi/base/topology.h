@@ -22,7 +22,7 @@ namespace jaxfabric {
 
 // Where a rank runs. Either may be left out.
 struct RankPlace {
-  std::string gpu;  // PCI address, as 0000:3b:00.0
+  std::vector<std::string> gpus;  // PCI addresses, as 0000:3b:00.0
   std::optional<uint32_t> core;
 };
 
@@ -39,16 +39,18 @@ class Topology {
   // Names of all network and RDMA devices.
   std::vector<std::string> nics() const;
 
-  // How close `nic` is to the GPU of `place`, then to its core. It is a
+  // How close `nic` is to the nearest GPU of `place`, then to its core. It is a
   // device's name, its PCI address, or a port as libfabric and libibverbs call
   // it: "rdmap0s6-rdm", "mlx5_0:1". Larger is closer; 0 is not known.
   std::pair<uint32_t, uint32_t> Closeness(const std::string& nic,
                                           const RankPlace& place) const;
-  // Those of `nics` that are closest to a process that may run on `cores`, in
-  // their order. All of them, where those cores are of several NUMA nodes: then
-  // none is closer to the process than another.
-  std::vector<std::string> Nearest(const std::vector<std::string>& nics,
-                                   const std::vector<uint32_t>& cores) const;
+  // Those of `nics` that are closest to a process, in their order: for each of
+  // its GPUs the closest to that, or where it has none, or all are as close,
+  // those of the NUMA node of the `cores` that it may run on. All of them,
+  // where those cores are of several nodes: then none is closer than another.
+  std::vector<std::string> Nearest(
+      const std::vector<std::string>& nics, const std::vector<uint32_t>& cores,
+      const std::vector<std::string>& gpus = {}) const;
   // The cores of the NUMA nodes that `nics` are at. None where there is only
   // one node, or where that is not known.
   std::vector<uint32_t> CoresNear(const std::vector<std::string>& nics) const;
@@ -69,6 +71,9 @@ class Topology {
   // Adds what is missing of the path of a sysfs device; -1 if it is none.
   int AddSysfsDevice(const std::string& link, int node_parent);
   int Find(const std::string& name) const;
+  // Those of `nics` that no other is closer to `place` than.
+  std::vector<std::string> Closest(const std::vector<std::string>& nics,
+                                   const RankPlace& place) const;
   // Objects whose descendants are one NUMA node's.
   std::set<int> NodeHolders() const;
   int AncestorIn(const std::set<int>& objects, int object) const;

@@ -197,12 +197,14 @@ void RegisterFabric(nb::module_& m) {
           row["write_bytes_max"] = caps.write_bytes_max;
           row["queue_depth"] = caps.queue_depth;
           row["emulated_writes"] = caps.emulated_writes;
+          row["removal_fences"] = caps.removal_fences;
           return row;
         });
   m.def("share_nics", &ShareNics, nb::arg("transport"), nb::arg("libfabric"),
-        nb::arg("cores"), nb::call_guard<nb::gil_scoped_release>());
+        nb::arg("cores"), nb::arg("gpus"),
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("nearest_nics", &NearestNics, nb::arg("transport"),
-        nb::arg("libfabric"), nb::arg("cores"),
+        nb::arg("libfabric"), nb::arg("cores"), nb::arg("gpus"),
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<NativeFabric>(m, "NativeFabric")
       .def(nb::init<const std::string&, std::vector<int64_t>,

@@ -68,21 +68,25 @@ StatusOr<std::unique_ptr<Transport>> OpenTransport(
 
 std::vector<std::vector<std::string>> ShareNics(
     const std::string& kind, const std::string& libfabric,
-    const std::vector<uint32_t>& cores) {
+    const std::vector<uint32_t>& cores,
+    const std::vector<std::vector<std::string>>& gpus) {
   const std::vector<std::string> nics = NicNames(kind, libfabric);
   if (nics.empty()) return {};
-  std::vector<RankPlace> places;
-  places.reserve(cores.size());
-  for (const uint32_t core : cores) places.push_back({.core = core});
+  std::vector<RankPlace> places(cores.size());
+  for (size_t i = 0; i < cores.size(); ++i) {
+    places[i].core = cores[i];
+    if (i < gpus.size()) places[i].gpus = gpus[i];
+  }
   return SplitNics(Topology::OfThisMachine(), nics, places);
 }
 
 std::vector<std::string> NearestNics(const std::string& kind,
                                      const std::string& libfabric,
-                                     const std::vector<uint32_t>& cores) {
+                                     const std::vector<uint32_t>& cores,
+                                     const std::vector<std::string>& gpus) {
   const std::vector<std::string> nics = NicNames(kind, libfabric);
   if (nics.empty()) return {};
-  return Topology::OfThisMachine().Nearest(nics, cores);
+  return Topology::OfThisMachine().Nearest(nics, cores, gpus);
 }
 
 std::vector<uint32_t> CoresNear(const std::vector<std::string>& nics) {

@@ -24,17 +24,20 @@ StatusOr<std::unique_ptr<Transport>> OpenTransport(
     const std::string& libfabric = "",
     const std::vector<std::string>& nics = {});
 
-// The NICs of this host, evenly over its processes: to each the closest to the
-// core that it runs on. Nothing where `kind` has none to choose from.
+// The NICs of this host, evenly over its processes: to each the closest to its
+// GPUs (PCI addresses), then to the core that it runs on. Nothing where `kind`
+// has none to choose from.
 std::vector<std::vector<std::string>> ShareNics(
     const std::string& kind, const std::string& libfabric,
-    const std::vector<uint32_t>& cores);
+    const std::vector<uint32_t>& cores,
+    const std::vector<std::vector<std::string>>& gpus);
 
-// Those NICs of this host that are closest to a process that may run on
-// `cores`. Nothing where `kind` has none to choose from.
+// Those NICs of this host that are closest to a process that has `gpus` and may
+// run on `cores`. Nothing where `kind` has none to choose from.
 std::vector<std::string> NearestNics(const std::string& kind,
                                      const std::string& libfabric,
-                                     const std::vector<uint32_t>& cores);
+                                     const std::vector<uint32_t>& cores,
+                                     const std::vector<std::string>& gpus);
 
 // The cores of the NUMA nodes of `nics`; see Topology::CoresNear.
 std::vector<uint32_t> CoresNear(const std::vector<std::string>& nics);
