@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxfabric._bench.machine import processor
-
-
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of each iteration, of the slowest rank in each."""
-
-    seconds: np.ndarray
-
-    @property
-    def p50(self) -> float:
-        """The median, in seconds."""
-        return float(np.percentile(self.seconds, 50))
-
-    @property
-    def p99(self) -> float:
-        """The 99th percentile, in seconds."""
-        return float(np.percentile(self.seconds, 99))
-
-
-def slowest_rank(seconds: list[float]) -> Times:
-    """The same iterations of all processes, joined. Collective."""
-    mine = np.asarray(seconds)
-    if jax.process_count() == 1:
-        return Times(mine)
-    return Times(np.asarray(multihost_utils.process_allgather(mine)).max(axis=0))
+from jaxfabric._bench.rank_times import Times, seconds_of, slowest_rank
 
 
 def time_call(call: Callable[[], Any], iterations: int, warm_up: int = 3) -> Times:
@@ -48,21 +21,6 @@ def time_call(call: Callable[[], Any], iterations: int, warm_up: int = 3) -> Tim
     for _ in range(iterations):
         seconds.append(seconds_of(call))
     return slowest_rank(seconds)
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """How long ``call`` takes in this process until its results are there."""
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
-
-
-def time_memcpy(bytes_: int, iterations: int) -> Times:
-    """Copies ``bytes_`` in every process at once: the floor. Collective."""
-    source = np.ones(max(bytes_, 1), np.uint8)
-    target = np.zeros_like(source)
-    multihost_sync()
-    return time_call(lambda: np.copyto(target, source), iterations)
 
 
 def multihost_sync() -> None:

@@ -21,17 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from measure import (
-    Times,
-    machine,
-    multihost_sync,
-    seconds_of,
-    slowest_rank,
-    table,
-    time_call,
-)
+from measure import machine, multihost_sync, table, time_call
 
 import jaxfabric as jf
+from jaxfabric._bench.rank_times import Times, seconds_of, slowest_rank
 
 AXIS = "x"
 SIZES = [8, 64, 1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]

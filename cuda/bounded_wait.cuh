@@ -43,6 +43,9 @@ class BoundedWait {
         epoch_(epoch),
         patience_(patience) {}
 
+  // For the error's text.
+  __device__ void SetDetail(int detail) { detail_ = detail; }
+
   // After a miss. True if the wait is over because it took too long, or because
   // another thread of this rank failed.
   __device__ bool Expired() {
@@ -51,7 +54,7 @@ class BoundedWait {
     const uint64_t now = GlobalNanoseconds();
     if (began_ns_ == 0) began_ns_ = now;
     if (now - began_ns_ <= peers_.timeout_ns * patience_) return false;
-    Fail(peers_, ErrorCode::kTimeout, operation_, peer_, 0, epoch_,
+    Fail(peers_, ErrorCode::kTimeout, operation_, peer_, detail_, epoch_,
          now - began_ns_);
     return true;
   }
@@ -65,6 +68,7 @@ class BoundedWait {
   int peer_;
   uint64_t epoch_;
   int patience_;
+  int detail_ = 0;
   uint64_t began_ns_ = 0;
   uint32_t misses_ = 0;
 };
@@ -97,9 +101,19 @@ __device__ inline void EnterProgramCall(const Peers& peers, Operation operation,
 
 // The epoch of a kernel with messages, 0 if the group has failed. Each warp
 // reads it for itself, beside its first loads of data.
-__device__ inline uint64_t ReadEpoch(const Peers& peers) {
+__device__ inline uint64_t ReadEpoch(const Peers& peers, Operation operation) {
   const bool failed = HasFailed(peers);
-  const uint64_t epoch = LoadRelaxedSystem(&peers.state->message_epoch) + 1;
+  const uint64_t last = LoadRelaxedSystem(&peers.counter->epoch);
+  uint64_t epoch = last + 1;
+  if (peers.phase == Phase::kDone) {
+    const volatile uint32_t* const words = peers.pending;
+    epoch = words[0] | static_cast<uint64_t>(words[1]) << 32;
+    // Its part of the mailboxes belongs to another epoch before and after.
+    if (!failed && (epoch == 0 || epoch > last || epoch + 2 <= last)) {
+      Fail(peers, ErrorCode::kNotPending, operation, peers.rank, 0, epoch, 0);
+      epoch = 0;
+    }
+  }
   // All lanes take the same way, whatever another block writes meanwhile.
   return __shfl_sync(kAllLanes, failed ? 0 : epoch, 0);
 }
@@ -107,10 +121,46 @@ __device__ inline uint64_t ReadEpoch(const Peers& peers) {
 // By one thread of each block, after a barrier that all its threads passed with
 // the epoch read: the last block advances it for the next kernel.
 __device__ inline void AdvanceEpoch(const Peers& peers, uint64_t epoch) {
-  RankState* const state = peers.state;
-  if (AddAcquireReleaseGpu(&state->message_blocks, 1) != gridDim.x - 1) return;
-  state->message_blocks = 0;
-  StoreRelaxedSystem(&state->message_epoch, epoch);
+  if (peers.phase == Phase::kDone) return;
+  if (AddRelaxedGpu(&peers.counter->blocks, 1) != gridDim.x - 1) return;
+  peers.counter->blocks = 0;
+  StoreRelaxedSystem(&peers.counter->epoch, epoch);
+  if (peers.phase == Phase::kStart) {
+    peers.pending[0] = static_cast<uint32_t>(epoch);
+    peers.pending[1] = static_cast<uint32_t>(epoch >> 32);
+    for (int i = 2; i < 6; ++i) peers.pending[i] = 0;
+  }
+}
+
+__device__ inline uint64_t* ReleaseFlag(char* heap, int rank, uint64_t epoch) {
+  return FlagLine(heap, kReleaseFlags,
+                  static_cast<int>(epoch & 1) * kRanksMax + rank);
+}
+
+// Before the first half sends: all peers have read what lay there before. By
+// all threads of a block; false if one did not in time.
+__device__ inline bool AwaitReleases(const Peers& peers, Operation operation,
+                                     uint64_t epoch) {
+  const int peer = threadIdx.x;
+  bool good = true;
+  if (epoch > 2 && peer < peers.ranks && peer != peers.rank) {
+    good = WaitForFlag(peers, operation, peer,
+                       ReleaseFlag(peers.heap[peers.rank], peer, epoch),
+                       epoch - 2, /*acquire=*/true);
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+// After a second half has read everything: by all threads of each block.
+__device__ inline void Release(const Peers& peers, uint64_t epoch) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (AddAcquireReleaseGpu(&peers.counter->readers, 1) != gridDim.x - 1) return;
+  peers.counter->readers = 0;
+  for (int peer = 0; peer < peers.ranks; ++peer) {
+    if (peer == peers.rank) continue;
+    StoreReleaseSystem(ReleaseFlag(peers.heap[peer], peers.rank, epoch), epoch);
+  }
 }
 
 // Where `source`'s messages of this epoch lie in the heap of `rank`.

@@ -58,6 +58,18 @@ int jaxfabric_cuda_open(jaxfabric_cuda_group* group) {
   return Return(group->group->Open());
 }
 
+int jaxfabric_cuda_allocate_window(jaxfabric_cuda_group* group, uint64_t bytes,
+                                   int* index) {
+  auto allocated = group->group->AllocateWindow(bytes);
+  if (!allocated.ok()) return Return(allocated.status());
+  *index = *allocated;
+  return 0;
+}
+
+int64_t jaxfabric_cuda_calls(jaxfabric_cuda_group* group) {
+  return group->group->calls();
+}
+
 int jaxfabric_cuda_failure(jaxfabric_cuda_group* group) {
   return Return(group->group->Failure());
 }
@@ -68,7 +80,9 @@ int jaxfabric_cuda_publish(jaxfabric_cuda_group* group, int64_t key,
       GroupRegistry::Get().Add(key, {group->group, timeout_s, mesh_axes}));
 }
 
-void jaxfabric_cuda_close(jaxfabric_cuda_group* group) {
+int jaxfabric_cuda_close(jaxfabric_cuda_group* group) {
   GroupRegistry::Get().Remove(group->group.get());
+  const Status untold = group->group->Finish();
   delete group;
+  return Return(untold);
 }

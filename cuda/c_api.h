@@ -26,6 +26,11 @@ JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_export(jaxfabric_cuda_group* group,
 JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_import(jaxfabric_cuda_group* group,
                                                 int rank, int fd);
 JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_open(jaxfabric_cuda_group* group);
+// The index of a new window of all ranks; see Group::AllocateWindow.
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_allocate_window(
+    jaxfabric_cuda_group* group, uint64_t bytes, int* index);
+// Calls that XLA has asked for; it replays a captured one without asking.
+JAXFABRIC_CUDA_EXPORT int64_t jaxfabric_cuda_calls(jaxfabric_cuda_group* group);
 // The first failure of a kernel so far; never blocks.
 JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_failure(jaxfabric_cuda_group* group);
 
@@ -34,6 +39,7 @@ JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_publish(jaxfabric_cuda_group* group,
                                                  int64_t key, double timeout_s,
                                                  int mesh_axes);
 // Waits for the kernels under way and frees the group; its key is unknown then.
-JAXFABRIC_CUDA_EXPORT void jaxfabric_cuda_close(jaxfabric_cuda_group* group);
+// A failure that no call and no jaxfabric_cuda_failure has told is returned.
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_close(jaxfabric_cuda_group* group);
 
 #endif  // JAXFABRIC_CUDA_C_API_H_

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bounded_wait.cuh"
+#include "known_plan.cuh"
 #include "ll128.cuh"
 #include "moe_kernels.h"
 #include "moe_shape.h"
@@ -46,19 +47,6 @@ struct Work {
   int per_item;
 };
 
-__device__ int64_t WireRowBytes(const MoeShape& shape) {
-  return int64_t{shape.row_packets + shape.scalar_packets} * kPacketWire;
-}
-
-// A slot's row, or -1; a plan that points elsewhere is an error, not a fault.
-__device__ int32_t SlotRow(const Work& w, uint32_t unique, int slot) {
-  const int32_t row = w.io.slot_row[int64_t{unique} * w.shape.slots + slot];
-  if (row >= -1 && row < w.shape.rows) return row;
-  Fail(w.peers, ErrorCode::kBadPlan, Operation::kCombine, w.peers.rank, row,
-       w.epoch, 0);
-  return -1;
-}
-
 // The rows that a unique row's slots name, each with its factor: lane q has the
 // q-th slot's.
 struct SlotRows {
@@ -70,7 +58,9 @@ struct SlotRows {
 __device__ SlotRows FindSlots(const Work& w, uint32_t unique) {
   SlotRows slots = {-1, 0.0f, 0};
   if (!w.shape.expand) return slots;
-  if (w.lane < w.shape.slots) slots.row = SlotRow(w, unique, w.lane);
+  if (w.lane < w.shape.slots)
+    slots.row = SlotRow(w.peers, w.shape, w.io.slot_row, Operation::kCombine,
+                        w.epoch, unique, w.lane);
   if (w.io.row_weights != nullptr && slots.row >= 0) {
     slots.factor = w.io.row_weights[slots.row];
   }
@@ -119,7 +109,8 @@ __device__ Segment<kPackets> Partial(const Work& w, uint32_t unique,
 __device__ LaneWords ScalarWords(const Work& w, uint32_t unique) {
   const auto at = [&](int slot) -> uint64_t {
     if (slot >= w.shape.slots) return 0;
-    const int32_t row = SlotRow(w, unique, slot);
+    const int32_t row = SlotRow(w.peers, w.shape, w.io.slot_row,
+                                Operation::kCombine, w.epoch, unique, slot);
     return row < 0 ? 0 : __float_as_uint(w.io.scalars[row]);
   };
   const int slot = w.part.offset / 4;
@@ -127,12 +118,6 @@ __device__ LaneWords ScalarWords(const Work& w, uint32_t unique) {
   if (w.part.bytes == 16) words.high = at(slot + 2) | at(slot + 3) << 32;
   return words;
 }
-
-// A share of something: this warp is number `index` of `count`.
-struct WarpShare {
-  int index;
-  int count;
-};
 
 // Row items, and after them one for the scalars.
 template <int kPackets>
@@ -258,44 +243,6 @@ __device__ void Receive(const Work& w, WarpShare share) {
   }
 }
 
-// Prefix of recv_count, by one warp; false and an error if it cannot be one.
-__device__ bool BeginOfSources(const Peers& peers, const MoeShape& shape,
-                               const int32_t* recv_count, uint64_t epoch,
-                               uint32_t* begin) {
-  const int lane = threadIdx.x % kLanes;
-  const int count = lane < shape.ranks ? recv_count[lane] : 0;
-  const bool bad = count < 0 || count > shape.tokens;
-  uint32_t sum = bad ? 0 : count;
-  for (int step = 1; step < kLanes; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane < shape.ranks) begin[lane + 1] = sum;
-  if (lane == 0) begin[0] = 0;
-  if (bad) {
-    Fail(peers, ErrorCode::kBadPlan, Operation::kCombine, peers.rank, count,
-         epoch, 0);
-  }
-  return __any_sync(kAllLanes, bad) == 0;
-}
-
-__device__ void SayHello(const Peers& peers, uint64_t epoch) {
-  const int peer = threadIdx.x;
-  if (peer < peers.ranks && peer != peers.rank) {
-    StoreRelaxedSystem(FlagLine(peers.heap[peer], kHelloFlags, peers.rank),
-                       epoch);
-  }
-}
-
-__device__ void AwaitHellos(const Peers& peers, uint64_t epoch) {
-  const int peer = threadIdx.x;
-  if (peer < peers.ranks && peer != peers.rank) {
-    WaitForFlag(peers, Operation::kCombine, peer,
-                FlagLine(peers.heap[peers.rank], kHelloFlags, peer), epoch,
-                /*acquire=*/false);
-  }
-}
-
 template <RowType kType, bool kVector, int kPackets>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(const __grid_constant__ Peers peers,
@@ -305,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint32_t index_memory[];
   __shared__ uint32_t source_begin[kRanksMax + 1];
   __shared__ float scalars[kWarps][kScalarsMax];
-  const uint64_t epoch = ReadEpoch(peers);
+  const uint64_t epoch = ReadEpoch(peers, Operation::kCombine);
   if (epoch == 0) return;
   const int warp = threadIdx.x / kLanes;
   const int block = blockIdx.x;
@@ -315,18 +262,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   bool good = true;
   if (warp == kWarps - 1) {  // the others begin with the index
-    good = BeginOfSources(peers, shape, io.recv_count, epoch, source_begin);
+    good = BeginOfSources(peers, shape, io.recv_count, Operation::kCombine,
+                          epoch, source_begin);
   }
   const SendIndex index = LaySendIndex(shape, index_memory);
   const bool roles = send_blocks > 0;
-  const bool receives = !roles || block >= send_blocks;
+  const bool sends =
+      peers.phase != Phase::kDone && (!roles || block < send_blocks);
+  const bool receives =
+      peers.phase != Phase::kStart && (!roles || block >= send_blocks);
   if (receives) MakeSendIndex(shape, io.ids, index);
   if (__syncthreads_or(!good)) return;
   if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
   const int lane = threadIdx.x % kLanes;
   const Work w = {peers,         shape, io,   source_begin, index,
                   scalars[warp], epoch, lane, MyPart(lane), per_item};
-  if (!roles || block < send_blocks) {
+  if (sends) {
+    if (peers.phase == Phase::kStart &&
+        !AwaitReleases(peers, Operation::kCombine, epoch)) {
+      return;
+    }
     const int senders = roles ? send_blocks : gridDim.x;
     Send<kType, kVector, kPackets>(w,
                                    {warp * senders + block, senders * kWarps});
@@ -336,7 +291,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     Receive<kType, kVector, kPackets>(
         w, {warp * receivers + block - send_blocks, receivers * kWarps});
   }
-  if (block == 0) AwaitHellos(peers, epoch);
+  if (peers.phase == Phase::kDone) Release(peers, epoch);
+  if (block == 0) AwaitHellos(peers, Operation::kCombine, epoch);
 }
 
 using Kernel = void (*)(Peers, MoeShape, CombineBuffers, int, int);
@@ -365,14 +321,15 @@ Kernel KernelFor(RowType type, bool vector, bool many) {
 
 }  // namespace
 
+// Blocks that send, and blocks that receive. Sums keep the senders busy.
 Grid CombineGrid(const MoeShape& shape, int blocks_max) {
-  // Below this nothing is gained by roles.
-  constexpr int kTokensForRoles = 64;
-  if (shape.tokens < kTokensForRoles) return {blocks_max, 0, 1};
+  if (blocks_max < 2) return {blocks_max, 0, 1, false};
   if (shape.tokens > kManyTokens) {
-    return {blocks_max, std::max(1, blocks_max * 3 / 8), 1};
+    return {blocks_max, std::max(1, blocks_max * 3 / 8), shape.expand ? 1 : 2,
+            false};
   }
-  return {blocks_max, std::max(1, blocks_max / 2), 2};
+  if (!shape.expand) return {blocks_max, std::max(1, blocks_max / 4), 1, false};
+  return {blocks_max, blocks_max / 2, shape.tokens > 64 ? 2 : 1, false};
 }
 
 cudaError_t LaunchCombine(const Peers& peers, const MoeShape& shape, Grid grid,
@@ -386,8 +343,10 @@ cudaError_t LaunchCombine(const Peers& peers, const MoeShape& shape, Grid grid,
                       IsVector(buffers.y, shape.row_bytes);
   const Kernel kernel =
       KernelFor(shape.type, vector, shape.tokens > kManyTokens);
-  return cudaLaunchKernelEx(&config, kernel, peers, shape, buffers,
-                            grid.send_blocks, grid.segments_per_item);
+  // All blocks of a half have the same role.
+  const int send_blocks = peers.phase == Phase::kWhole ? grid.send_blocks : 0;
+  return cudaLaunchKernelEx(&config, kernel, peers, shape, buffers, send_blocks,
+                            grid.segments_per_item);
 }
 
 cudaError_t PreloadCombineKernels() {

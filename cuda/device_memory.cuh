@@ -85,6 +85,16 @@ __device__ inline uint32_t AddAcquireReleaseGpu(uint32_t* at, uint32_t value) {
   return before;
 }
 
+// For counts that order nothing. Returns the value before.
+__device__ inline uint32_t AddRelaxedGpu(uint32_t* at, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Data that nobody writes while the kernel runs (so the compiler may move the
 // load), and that should not push out of L1 what is read again.
 __device__ inline uint4 LoadStreaming(const void* at) {

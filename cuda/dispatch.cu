@@ -1,10 +1,11 @@
 // Dispatch: one kernel that sends routes and rows, plans, and places what
 // comes.
 //
-// Few tokens: every block sends its share, makes the whole plan in its shared
-// memory and places its share; no block waits for another. Many tokens: the
-// first blocks only send, so that the link is busy from the first microsecond
-// to the last, while the others plan together and place rows as they come.
+// The first blocks only send, so that the link is busy from the first
+// microsecond to the last, while the others plan and place rows as they come.
+// Few tokens: each of them makes the whole plan in its shared memory, and no
+// block waits for another; very few: every block does everything. Many tokens:
+// they plan together.
 
 #include <algorithm>
 #include <cstdint>
@@ -59,17 +60,17 @@ size_t SharedBytes(const MoeShape& shape, bool many) {
          (TotalsWords(shape) + kDispatchWarps * WarpBufferWords(shape)) * 4;
 }
 
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void SendRows(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
-  const RowItems work(SegmentsOf<kDispatchPackets>(shape), w.per_item);
+  const RowItems work(SegmentsOf<kPackets>(shape), w.per_item);
   const int64_t items = int64_t{shape.tokens} * work.items;
   for (int64_t i = share.index; i < items; i += share.count) {
     const int token = static_cast<int>(i / work.items);
     const int first =
         static_cast<int>(i - int64_t{token} * work.items) * work.per_item;
     const char* const row = w.io.x + token * shape.row_bytes;
-    DispatchRow words;
+    Segment<kPackets> words;
     // On its way before it is known where to.
     LoadSegment<kVector>(shape, row, first, w.part, words);
     const uint32_t others =
@@ -90,7 +91,7 @@ __device__ void SendRows(const DispatchWork& w, WarpShare share) {
   }
 }
 
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void Send(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   const int routes = shape.tiles_per_source * 2;
@@ -102,7 +103,7 @@ __device__ void Send(const DispatchWork& w, WarpShare share) {
     SendRoutes(w.peers, shape, tile, weights, w.epoch, array);
   }
   // The warps that sent routes are the last to send rows.
-  SendRows<kVector>(
+  SendRows<kVector, kPackets>(
       w, {(share.index + share.count - routes % share.count) % share.count,
           share.count});
 }
@@ -177,14 +178,14 @@ __device__ bool MakePlan(const DispatchWork& w, PlanTeam team) {
   return SyncTeam(w.peers, team, w.epoch);
 }
 
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void Place(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   for (int job = share.index; job < shape.tiles + 1; job += share.count) {
     if (job < shape.tiles) PlaceRoutes(w, job);
     if (job == shape.tiles) PlaceCounts(w);
   }
-  const RowItems work(SegmentsOf<kDispatchPackets>(shape), w.per_item);
+  const RowItems work(SegmentsOf<kPackets>(shape), w.per_item);
   const int64_t items = int64_t{shape.ranks} * shape.tokens * work.items;
   // From the last warp on: the first ones were busy with the routes. This
   // rank's own rows come first, because nobody has to wait for them.
@@ -194,10 +195,21 @@ __device__ void Place(const DispatchWork& w, WarpShare share) {
         static_cast<int>(i - int64_t{row} * work.items) * work.per_item;
     const int turn = row / shape.tokens;
     const int source = (w.peers.rank + turn) % shape.ranks;
-    PlaceRow<kVector>(w, source, row - turn * shape.tokens, first,
-                      min(first + work.per_item, work.segments));
+    PlaceRow<kVector, kPackets>(w, source, row - turn * shape.tokens, first,
+                                min(first + work.per_item, work.segments));
   }
-  PlaceNothing<kVector>(w, share);
+  PlaceNothing<kVector, kPackets>(w, share);
+}
+
+// Without a plan yet.
+__device__ DispatchWork WorkOf(const Peers& peers, const MoeShape& shape,
+                               const DispatchBuffers& io, uint64_t epoch,
+                               bool many, int per_item) {
+  DispatchWork w = {peers, shape, io, {},   {},      nullptr,
+                    epoch, 0,     {}, many, per_item};
+  w.lane = threadIdx.x % kLanes;
+  w.part = MyPart(w.lane);
+  return w;
 }
 
 template <bool kMany, bool kVector>
@@ -206,8 +218,10 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
                    const __grid_constant__ MoeShape shape,
                    const __grid_constant__ DispatchBuffers io, char* workspace,
                    int send_blocks, int per_item) {
+  constexpr int kPackets =
+      kMany ? kDispatchPacketsOfMany : kDispatchPacketsOfFew;
   extern __shared__ uint4 shared_memory[];
-  const uint64_t epoch = ReadEpoch(peers);
+  const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
     EnterProgramCall(peers, Operation::kDispatch, epoch);
@@ -216,13 +230,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
   const int columns = PlanColumns(shape);
   const int warp = threadIdx.x / kLanes;
-  DispatchWork w = {peers, shape, io, {},    {},      nullptr,
-                    epoch, 0,     {}, kMany, per_item};
+  DispatchWork w = WorkOf(peers, shape, io, epoch, kMany, per_item);
   w.totals = {words, words + columns, words + 2 * columns};
   w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
-  w.lane = threadIdx.x % kLanes;
-  w.part = MyPart(w.lane);
-  const int receive_blocks = gridDim.x - (kMany ? send_blocks : 0);
+  const int receive_blocks = gridDim.x - send_blocks;
+  const bool roles = send_blocks > 0;
   char* const tables =
       kMany ? workspace
             : shared + (TotalsWords(shape) +
@@ -230,14 +242,16 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
                            4;
   LayTables(shape, kMany ? receive_blocks : 1, tables, &w.tables);
   int block = blockIdx.x;
-  if (!kMany || block < send_blocks) {
+  if (peers.phase == Phase::kDone) {
+    if (blockIdx.x == gridDim.x - 1) CountSent(w);
+  } else if (!roles || block < send_blocks) {
     // A block's warps are far apart in the order of the work.
-    const int blocks = kMany ? send_blocks : gridDim.x;
+    const int blocks = roles ? send_blocks : gridDim.x;
     const WarpShare share = {warp * blocks + block, blocks * kDispatchWarps};
-    Send<kVector>(w, share);
+    Send<kVector, kPackets>(w, share);
     // The last block has the least to send.
     if (block == blocks - 1) CountSent(w);
-    if (kMany) {
+    if (roles) {
       __syncthreads();
       if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
       return;
@@ -248,13 +262,41 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const PlanTeam team =
       kMany ? PlanTeam{block, receive_blocks} : PlanTeam{0, 1};
   if (!MakePlan(w, team)) return;
-  if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
+  // Not by the first warps, which have the routes to place.
+  if (threadIdx.x == kLanes) AdvanceEpoch(peers, epoch);
   const WarpShare share = {warp * receive_blocks + block,
                            receive_blocks * kDispatchWarps};
-  Place<kVector>(w, share);
+  Place<kVector, kPackets>(w, share);
+  if (peers.phase == Phase::kDone) Release(peers, epoch);
+}
+
+// The first half: what the whole kernel sends, once its place is free.
+template <bool kVector>
+__global__ void __launch_bounds__(kDispatchThreads, 1)
+    DispatchStartKernel(const __grid_constant__ Peers peers,
+                        const __grid_constant__ MoeShape shape,
+                        const __grid_constant__ DispatchBuffers io,
+                        char* /*workspace*/, int /*send_blocks*/,
+                        int per_item) {
+  const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
+  if (epoch == 0) return;
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+    EnterProgramCall(peers, Operation::kDispatch, epoch);
+  }
+  if (!AwaitReleases(peers, Operation::kDispatch, epoch)) return;
+  if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
+  const int blocks = gridDim.x;
+  const int warp = threadIdx.x / kLanes;
+  Send<kVector, kDispatchPacketsOfMany>(
+      WorkOf(peers, shape, io, epoch, false, per_item),
+      {warp * blocks + static_cast<int>(blockIdx.x), blocks * kDispatchWarps});
 }
 
 using Kernel = void (*)(Peers, MoeShape, DispatchBuffers, char*, int, int);
+
+Kernel StartKernelFor(bool vector) {
+  return vector ? DispatchStartKernel<true> : DispatchStartKernel<false>;
+}
 
 Kernel KernelFor(bool many, bool vector) {
   if (many) {
@@ -273,39 +315,53 @@ size_t PlanBytes(const MoeShape& shape, Grid grid) {
 Grid DispatchGrid(const MoeShape& shape, int blocks_max) {
   const bool many =
       SharedBytes(shape, false) > kSharedPlanBytesMax || shape.tokens > 256;
-  // The senders are as many as keep the link busy.
-  if (many) return {blocks_max, std::max(1, blocks_max / 5), 6};
-  return {blocks_max, 0, 1};
+  // The senders are as many as keep the link busy; repeated rows keep the
+  // receivers busy too.
+  if (many) {
+    const bool very_many = shape.tokens > 1024;
+    const int share = shape.expand ? 6 : very_many ? 5 : 4;
+    return {blocks_max, std::max(1, blocks_max / share), very_many ? 3 : 2,
+            true};
+  }
+  constexpr int kTokensForRoles = 32;
+  if (shape.tokens < kTokensForRoles) return {blocks_max, 0, 1, false};
+  const int share = shape.tokens <= 128 ? 8 : 4;
+  return {blocks_max, std::max(1, blocks_max / share), 2, false};
 }
 
 cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
                            const DispatchBuffers& buffers, char* workspace,
                            cudaStream_t stream) {
-  const bool many = grid.send_blocks > 0;
+  const bool start = peers.phase == Phase::kStart;
+  const bool many = grid.plan_together;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.blocks);
   config.blockDim = dim3(kDispatchThreads);
-  config.dynamicSmemBytes = SharedBytes(shape, many);
+  config.dynamicSmemBytes = start ? 0 : SharedBytes(shape, many);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = many ? 1 : 0;
+  config.numAttrs = many && !start ? 1 : 0;
   const bool vector = IsVector(buffers.x, shape.row_bytes) &&
                       IsVector(buffers.tokens, shape.row_bytes);
-  return cudaLaunchKernelEx(&config, KernelFor(many, vector), peers, shape,
-                            buffers, workspace, grid.send_blocks,
-                            grid.segments_per_item);
+  const Kernel kernel =
+      start ? StartKernelFor(vector) : KernelFor(many, vector);
+  // All blocks of a half have the same role.
+  const int send_blocks = peers.phase == Phase::kWhole ? grid.send_blocks : 0;
+  return cudaLaunchKernelEx(&config, kernel, peers, shape, buffers, workspace,
+                            send_blocks, grid.segments_per_item);
 }
 
 cudaError_t PreloadDispatchKernels() {
   constexpr int kShared = 200 << 10;
-  for (const bool many : {false, true}) {
-    for (const bool vector : {false, true}) {
+  for (const bool vector : {false, true}) {
+    for (const Kernel kernel :
+         {KernelFor(false, vector), KernelFor(true, vector),
+          StartKernelFor(vector)}) {
       const cudaError_t error = cudaFuncSetAttribute(
-          KernelFor(many, vector), cudaFuncAttributeMaxDynamicSharedMemorySize,
-          kShared);
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       if (error != cudaSuccess) return error;
     }
   }

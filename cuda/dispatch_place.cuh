@@ -17,17 +17,11 @@ namespace jaxfabric::cuda {
 
 inline constexpr int kDispatchThreads = 512;
 inline constexpr int kDispatchWarps = kDispatchThreads / kLanes;
-// Loads that a warp has in flight; divides the 30 packets of 7168 bf16.
-inline constexpr int kDispatchPackets = 5;
-using DispatchRow = Segment<kDispatchPackets>;
+// Loads that a warp has in flight, for few tokens less, so that more warps have
+// work. Both divide the 30 packets of 7168 bf16.
+inline constexpr int kDispatchPacketsOfFew = 3, kDispatchPacketsOfMany = 5;
 // Beyond this a plan does not fit a block's shared memory next to the rest.
 inline constexpr size_t kSharedPlanBytesMax = size_t{96} << 10;
-
-// A share of something: this warp is number `index` of `count`.
-struct WarpShare {
-  int index;
-  int count;
-};
 
 struct DispatchWork {
   const Peers& peers;
@@ -97,7 +91,7 @@ __device__ inline void PlaceRoutes(const DispatchWork& w, int number) {
 }
 
 // Segments [first, end) of one row.
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void PlaceRow(const DispatchWork& w, int source, int token,
                          int first, int end) {
   const MoeShape& shape = w.shape;
@@ -107,7 +101,7 @@ __device__ void PlaceRow(const DispatchWork& w, int source, int token,
       own ? nullptr
           : Mailbox(w.peers, w.peers.rank, source, w.epoch) + shape.rows_at +
                 int64_t{token} * shape.row_packets * kPacketWire;
-  DispatchRow words;
+  Segment<kPackets> words;
   if (own) LoadSegment<kVector>(shape, row, first, w.part, words);
   const TokenRows rows =
       FindRows(shape, w.peers.rank, w.tables, w.totals, source, token);
@@ -133,20 +127,20 @@ __device__ void PlaceRow(const DispatchWork& w, int source, int token,
   }
 }
 
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void ZeroRow(const DispatchWork& w, int64_t row, int segment) {
-  const DispatchRow zeros = {};
+  const Segment<kPackets> zeros = {};
   StoreSegment<kVector>(w.shape, w.io.tokens + row * w.shape.row_bytes, segment,
                         w.part, zeros);
 }
 
 // Rows without an assignment: padding in the groups and what comes after them.
-template <bool kVector>
+template <bool kVector, int kPackets>
 __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   const uint32_t* const total = w.totals.total;
   const int64_t rows_end = w.totals.base[shape.experts];
-  const int segments = SegmentsOf<kDispatchPackets>(shape);
+  const int segments = SegmentsOf<kPackets>(shape);
   const auto vacant = [&](int64_t row) {
     if (w.lane == 0) {
       w.io.row_weights[row] = 0.0f;
@@ -160,8 +154,9 @@ __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
     const uint32_t row = w.totals.base[expert] + total[expert] + i % pads;
     if (row >= w.totals.base[expert + 1]) continue;
     vacant(row);
-    for (int s = 0; s < segments && shape.expand; ++s)
-      ZeroRow<kVector>(w, row, s);
+    for (int s = 0; s < segments && shape.expand; ++s) {
+      ZeroRow<kVector, kPackets>(w, row, s);
+    }
   }
   const int64_t thread = int64_t{share.index} * kLanes + w.lane;
   const int64_t threads = int64_t{share.count} * kLanes;
@@ -180,7 +175,8 @@ __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
   const int64_t end = shape.expand ? shape.rows : unique_max;
   for (int64_t i = share.index; i < (end - begin) * segments;
        i += share.count) {
-    ZeroRow<kVector>(w, begin + i / segments, static_cast<int>(i % segments));
+    ZeroRow<kVector, kPackets>(w, begin + i / segments,
+                               static_cast<int>(i % segments));
   }
 }
 

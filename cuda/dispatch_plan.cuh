@@ -80,20 +80,36 @@ __device__ inline int FirstTile(const MoeShape& shape, PlanTeam team,
 }
 
 // Exclusive sum of the padded group sizes, by one warp: base[0, L), and the sum
-// of all in base[L].
+// of all in base[L]. Four experts to a lane, so that few sums follow each
+// other.
 __device__ inline void PlaceGroups(const MoeShape& shape, PlanTotals totals) {
+  constexpr int kPerLane = 4;
   const int lane = threadIdx.x % kLanes;
   uint32_t carried = 0;
-  for (int first = 0; first < shape.experts; first += kLanes) {
-    const int expert = first + lane;
-    uint32_t size = expert < shape.experts ? totals.total[expert] : 0;
-    size = (size + shape.alignment - 1) / shape.alignment * shape.alignment;
-    uint32_t sum = size;
+  for (int first = 0; first < shape.experts; first += kPerLane * kLanes) {
+    uint32_t sizes[kPerLane];
+    uint32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = first + lane * kPerLane + i;
+      const uint32_t size = expert < shape.experts ? totals.total[expert] : 0;
+      sizes[i] = shape.alignment == 1 ? size
+                                      : (size + shape.alignment - 1) /
+                                            shape.alignment * shape.alignment;
+      mine += sizes[i];
+    }
+    uint32_t sum = mine;
     for (int step = 1; step < kLanes; step *= 2) {
       const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
       if (lane >= step) sum += other;
     }
-    if (expert < shape.experts) totals.base[expert] = carried + sum - size;
+    uint32_t base = carried + sum - mine;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = first + lane * kPerLane + i;
+      if (expert < shape.experts) totals.base[expert] = base;
+      base += sizes[i];
+    }
     carried += __shfl_sync(kAllLanes, sum, kLanes - 1);
   }
   if (lane == 0) totals.base[shape.experts] = carried;

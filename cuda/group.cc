@@ -34,8 +34,30 @@ const char* OperationName(uint32_t operation) {
       return "combine";
     case Operation::kReplay:
       return "replay";
+    case Operation::kScatter:
+      return "scatter";
+    case Operation::kPutPages:
+      return "put_pages";
   }
   return "call";
+}
+
+std::string LateText(int rank, const ErrorWord& word) {
+  char seconds[32];
+  std::snprintf(seconds, sizeof seconds, "%.1f",
+                static_cast<double>(word.elapsed_ns) * 1e-9);
+  const std::string number = std::to_string(word.epoch);
+  std::string what = "the message of rank " + std::to_string(word.peer) +
+                     " did not come (number " + number + ")";
+  if (word.operation == static_cast<uint32_t>(Operation::kWait)) {
+    what = number + " transfers into the window, of which " +
+           std::to_string(word.detail) + " have come";
+  } else if (static_cast<int>(word.peer) == rank) {
+    what = "its own blocks did not come together (number " + number + ")";
+  }
+  return what + " within " + seconds +
+         " s; see whether a rank failed or runs another program, or raise "
+         "timeout_s (JAXFABRIC_TIMEOUT_S)";
 }
 
 Status ToStatus(int rank, const ErrorWord& word) {
@@ -44,21 +66,9 @@ Status ToStatus(int rank, const ErrorWord& word) {
   const std::string peer = std::to_string(word.peer);
   const std::string detail = std::to_string(word.detail);
   switch (static_cast<ErrorCode>(word.code)) {
-    case ErrorCode::kTimeout: {
-      char seconds[32];
-      std::snprintf(seconds, sizeof seconds, "%.1f",
-                    static_cast<double>(word.elapsed_ns) * 1e-9);
-      const bool own = static_cast<int>(word.peer) == rank;
-      return Status(
-          StatusCode::kDeadlineExceeded,
-          who + ": " +
-              (own ? std::string("what was waited for")
-                   : "the message of rank " + peer) +
-              " did not come within " + seconds + " s (number " +
-              std::to_string(word.epoch) +
-              "); see whether that rank failed or runs another program, or "
-              "raise timeout_s (JAXFABRIC_TIMEOUT_S)");
-    }
+    case ErrorCode::kTimeout:
+      return Status(StatusCode::kDeadlineExceeded,
+                    who + ": " + LateText(rank, word));
     case ErrorCode::kBadExpert:
       return Status(StatusCode::kInvalidArgument,
                     who + ": entry " + detail + " of rank " + peer +
@@ -76,6 +86,20 @@ Status ToStatus(int rank, const ErrorWord& word) {
       return Status(StatusCode::kInvalidArgument,
                     who + ": the plan holds " + detail +
                         ", which no dispatch of this shape wrote there");
+    case ErrorCode::kBadPage:
+      return Status(StatusCode::kOutOfRange,
+                    who + ": entry " + detail + " for rank " + peer +
+                        " names a page that `pages` or the window has not");
+    case ErrorCode::kPageTwice:
+      return Status(StatusCode::kInvalidArgument,
+                    who + ": the page of entry " + detail + " is in dst_idx " +
+                        "twice; writes have no order, so that either could "
+                        "be the last");
+    case ErrorCode::kNotPending:
+      return Status(StatusCode::kInvalidArgument,
+                    who +
+                        ": the second half of a call that is not under way; "
+                        "at most two may be, each is finished once");
     case ErrorCode::kNone:
       break;
   }
@@ -110,13 +134,14 @@ Group::~Group() {
     const ScopedDevice current(local.device);
     cudaFree(local.state);
     cudaFree(local.workspace);
+    cudaFree(local.stamps);
     cudaFreeHost(local.error);
   }
 }
 
 size_t Group::HeapBytes() const {
   return message_begin_ +
-         2 * static_cast<uint64_t>(ranks_ - 1) * mailbox_bytes_;
+         4 * static_cast<uint64_t>(ranks_ - 1) * mailbox_bytes_;
 }
 
 Status Group::AddLocal(int rank, int device) {
@@ -139,6 +164,11 @@ Status Group::AddLocal(int rank, int device) {
                                     "cudaMalloc"));
   JF_RETURN_IF_ERROR(cuda::ToStatus(
       cudaMalloc(&local.workspace, kWorkspaceBytes), "cudaMalloc"));
+  constexpr size_t kStampBytes = kPagesMax * sizeof(uint32_t);
+  JF_RETURN_IF_ERROR(
+      cuda::ToStatus(cudaMalloc(&local.stamps, kStampBytes), "cudaMalloc"));
+  JF_RETURN_IF_ERROR(
+      cuda::ToStatus(cudaMemset(local.stamps, 0, kStampBytes), "cudaMemset"));
   JF_RETURN_IF_ERROR(
       cuda::ToStatus(cudaHostAlloc(&local.error, sizeof(ErrorWord),
                                    cudaHostAllocMapped | cudaHostAllocPortable),
@@ -194,6 +224,8 @@ Status Group::Open() {
     JF_RETURN_IF_ERROR(
         cuda::ToStatus(PreloadCombineKernels(), "loading combine"));
     JF_RETURN_IF_ERROR(
+        cuda::ToStatus(PreloadReplayKernels(), "loading replay"));
+    JF_RETURN_IF_ERROR(
         cuda::ToStatus(cudaDeviceSynchronize(), "cudaDeviceSynchronize"));
   }
   return OkStatus();
@@ -206,7 +238,34 @@ int Group::RankOn(int device) const {
   return -1;
 }
 
-Peers Group::PeersOf(int rank, double timeout_s) const {
+StatusOr<int> Group::AllocateWindow(uint64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (windows_.size() == kWindowsMax || bytes > window_bytes_ - windows_used_) {
+    return Status(StatusCode::kResourceExhausted,
+                  "a window of " + std::to_string(bytes) +
+                      " bytes does not fit the " +
+                      std::to_string(window_bytes_ - windows_used_) +
+                      " bytes left for windows, of which there are at most " +
+                      std::to_string(kWindowsMax) +
+                      "; raise JAXFABRIC_WINDOW_BYTES on all ranks");
+  }
+  windows_.push_back({kWindowsBegin + windows_used_, bytes});
+  windows_used_ =
+      std::min(RoundUp(windows_used_ + bytes, kLineBytes), window_bytes_);
+  return static_cast<int>(windows_.size()) - 1;
+}
+
+StatusOr<Group::Window> Group::FindWindow(int64_t index) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (index < 0 || index >= static_cast<int64_t>(windows_.size())) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "the Fabric has no window " + std::to_string(index) +
+                      "; make it again after the Fabric was opened again");
+  }
+  return windows_[static_cast<size_t>(index)];
+}
+
+Peers Group::PeersOf(int rank, double timeout_s, Phase phase) const {
   const Local& local = local_.at(rank);
   Peers peers = {};
   peers.rank = rank;
@@ -219,10 +278,18 @@ Peers Group::PeersOf(int rank, double timeout_s) const {
   peers.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
   peers.message_begin = message_begin_;
   peers.mailbox_bytes = mailbox_bytes_;
+  peers.counter = &local.state->messages;
+  peers.phase = phase;
+  if (phase != Phase::kWhole) {  // with parts and numbers of their own
+    peers.message_begin += 2 * (ranks_ - 1) * mailbox_bytes_;
+    peers.counter = &local.state->halves;
+  }
   return peers;
 }
 
 char* Group::Workspace(int rank) const { return local_.at(rank).workspace; }
+
+uint32_t* Group::PageStamps(int rank) const { return local_.at(rank).stamps; }
 
 int Group::BlocksMax(int rank) const { return local_.at(rank).blocks_max; }
 
@@ -231,9 +298,19 @@ Status Group::Failure() const {
     if (local.error == nullptr) continue;
     // Written last, by a device.
     if (__atomic_load_n(&local.error->code, __ATOMIC_ACQUIRE) == 0) continue;
+    failure_known_.store(true, std::memory_order_relaxed);
     return ToStatus(rank, *local.error);
   }
   return OkStatus();
+}
+
+Status Group::Finish() {
+  for (const auto& [rank, local] : local_) {
+    const ScopedDevice current(local.device);
+    cudaDeviceSynchronize();
+  }
+  const bool known = failure_known_.load(std::memory_order_relaxed);
+  return known ? OkStatus() : Failure();
 }
 
 }  // namespace jaxfabric::cuda

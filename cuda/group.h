@@ -7,10 +7,12 @@
 #ifndef JAXFABRIC_CUDA_GROUP_H_
 #define JAXFABRIC_CUDA_GROUP_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -38,19 +40,36 @@ class Group {
   // Maps all heaps and loads the kernels.
   Status Open();
 
+  // A region of every rank's heap, the next one; returns its index. All ranks
+  // allocate the same in the same order.
+  StatusOr<int> AllocateWindow(uint64_t bytes);
+  struct Window {
+    uint64_t begin;  // in the heap
+    uint64_t bytes;
+  };
+  StatusOr<Window> FindWindow(int64_t index) const;
+
   int ranks() const { return ranks_; }
-  uint64_t window_bytes() const { return window_bytes_; }
   // The rank on `device`, or -1.
   int RankOn(int device) const;
   // What a kernel of a local rank is told.
-  Peers PeersOf(int rank, double timeout_s) const;
+  Peers PeersOf(int rank, double timeout_s, Phase phase) const;
   char* Workspace(int rank) const;
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  // One word for each page of a window: see PutPagesArguments.
+  uint32_t* PageStamps(int rank) const;
+  static constexpr int kPagesMax = 1 << 20;
   // Most blocks that a kernel takes; leaves SMs for the model.
   int BlocksMax(int rank) const;
 
   // The first failure of a local rank's kernels, or OK. Never blocks.
   Status Failure() const;
+  // Waits for the kernels under way; the failure that nobody has asked for yet.
+  Status Finish();
+
+  // Calls that were launched or captured; a replayed one is not counted.
+  void CountCall() { calls_.fetch_add(1, std::memory_order_relaxed); }
+  int64_t calls() const { return calls_.load(std::memory_order_relaxed); }
 
  private:
   struct Local {
@@ -58,6 +77,7 @@ class Group {
     int blocks_max = 0;
     RankState* state = nullptr;
     char* workspace = nullptr;
+    uint32_t* stamps = nullptr;
     ErrorWord* error = nullptr;  // pinned, mapped
   };
 
@@ -70,6 +90,11 @@ class Group {
   uint64_t message_begin_ = 0;
   std::vector<std::unique_ptr<SharedAllocation>> heaps_;
   std::map<int, Local> local_;
+  mutable std::mutex mutex_;
+  std::vector<Window> windows_;  // guarded by mutex_
+  uint64_t windows_used_ = 0;    // guarded by mutex_
+  mutable std::atomic<bool> failure_known_{false};
+  std::atomic<int64_t> calls_{0};
 };
 
 }  // namespace jaxfabric::cuda

@@ -5,15 +5,20 @@
 //   offset                 bytes                       written by
 //   kBarrierFlags          kRanksMax x 128             each peer, its own line
 //   kHelloFlags            kRanksMax x 128             each peer, its own line
+//   kReleaseFlags          2 x kRanksMax x 128         each peer, its own lines
 //   kArrivals              kCountersMax x 8            all peers, by addition
 //   kWindowsBegin          window_bytes                all peers
-//   message_begin          2 x (N - 1) x mailbox_bytes each peer, its own part
+//   message_begin          4 x (N - 1) x mailbox_bytes each peer, its own parts
 //
 // Messages are LL128 packets and nothing else: the last 8 bytes of each
 // 128-byte line there have never held anything but an epoch, so a stale line
 // cannot look like a live one. Two parts per peer, by the epoch's parity: who
 // has seen everyone's epoch e + 1 knows that everyone has finished e, and may
 // write e + 2 where e was.
+//
+// That does not hold for calls in two halves: a peer may have begun e + 1 and
+// not have read e. They have epochs and two parts of their own, and whoever has
+// read a part says so to its writers (kReleaseFlags).
 
 #ifndef JAXFABRIC_CUDA_GROUP_STATE_H_
 #define JAXFABRIC_CUDA_GROUP_STATE_H_
@@ -25,14 +30,20 @@ namespace jaxfabric::cuda {
 
 // Peers of one NVLink domain; their addresses travel as kernel arguments.
 inline constexpr int kRanksMax = 16;
-inline constexpr int kCountersMax = 4096;
+// A window's counters, one for each of the user's ids; see WINDOWS_MAX and
+// USER_IDS_MAX in jaxfabric/_window.py.
+inline constexpr int kWindowsMax = 128;
+inline constexpr int kIdsMax = 256;
+inline constexpr int kCountersMax = kWindowsMax * kIdsMax;
 // Flags stand in lines of their own, so that peers do not share one.
 inline constexpr size_t kLineBytes = 128;
 
 inline constexpr size_t kBarrierFlags = 0;
 inline constexpr size_t kHelloFlags = kBarrierFlags + kRanksMax * kLineBytes;
-inline constexpr size_t kArrivals = kHelloFlags + kRanksMax * kLineBytes;
-inline constexpr size_t kWindowsBegin = size_t{64} << 10;
+inline constexpr size_t kReleaseFlags = kHelloFlags + kRanksMax * kLineBytes;
+inline constexpr size_t kArrivals =
+    kReleaseFlags + size_t{2} * kRanksMax * kLineBytes;
+inline constexpr size_t kWindowsBegin = size_t{512} << 10;
 static_assert(kArrivals + kCountersMax * sizeof(uint64_t) <= kWindowsBegin);
 
 enum class ErrorCode : uint32_t {
@@ -42,6 +53,9 @@ enum class ErrorCode : uint32_t {
   kBadTarget = 3,      // put: rank, offset or length outside of the window
   kWrongPosition = 4,  // the program's mesh orders its devices otherwise
   kBadPlan = 5,        // recv_count or slot_row outside of their ranges
+  kBadPage = 6,        // put_pages: entry `detail` is outside of its array
+  kPageTwice = 7,      // put_pages: the page of entry `detail`, more than once
+  kNotPending = 8,     // the second half of a call that is not under way
 };
 
 // What was going on: for the error's text.
@@ -52,6 +66,8 @@ enum class Operation : uint32_t {
   kDispatch = 4,
   kCombine = 5,
   kReplay = 6,
+  kScatter = 7,
+  kPutPages = 8,
 };
 
 // In pinned host memory, written by the first thread that fails.
@@ -70,18 +86,30 @@ struct BlockBarrier {
   uint32_t generation;
 };
 
+// A numbered sequence of kernels with messages.
+struct EpochCounter {
+  uint64_t epoch;
+  uint32_t blocks;   // of the kernel under way that have read it
+  uint32_t readers;  // of a second half, that have read all they were sent
+};
+
 // Counters of one rank, in its own device memory. Kernels advance them, because
 // a replayed command buffer never asks the host. Zero at first.
 struct RankState {
-  uint64_t message_epoch;
+  EpochCounter messages;
+  EpochCounter halves;
   uint64_t barrier_epoch;
-  uint32_t message_blocks;  // that have read message_epoch
-  uint32_t put_blocks;
+  uint32_t put_blocks[kRanksMax];  // by the slice that they copy
   uint32_t wait_blocks;
-  uint32_t failed;  // an ErrorCode; every later kernel returns at once
+  uint32_t pages_blocks;
+  uint32_t pages_stamp;  // of the last put_pages
+  uint32_t failed;       // an ErrorCode; every later kernel returns at once
   BlockBarrier plan_barrier;
   uint64_t consumed[kCountersMax];
 };
+
+// A call that is done by one kernel, or half of one that is done by two.
+enum class Phase : int32_t { kWhole = 0, kStart = 1, kDone = 2 };
 
 // What a call of a program brings along for whoever runs it; null where no
 // program calls.
@@ -99,8 +127,11 @@ struct Peers {
   RankState* state;
   ErrorWord* error;
   uint64_t timeout_ns;
-  uint64_t message_begin;
+  uint64_t message_begin;  // of the parts that this kernel uses
   uint64_t mailbox_bytes;
+  EpochCounter* counter;
+  Phase phase;
+  uint32_t* pending;  // u32[6]: a half's epoch, written by kStart
   ProgramCall call;
 };
 

@@ -1,8 +1,10 @@
-// The XLA FFI handlers of dispatch and combine.
+// The XLA FFI handlers of dispatch and combine, whole and in halves, and of
+// replay.
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "moe_kernels.h"
 #include "moe_shape.h"
@@ -16,6 +18,7 @@ struct MoeAttributes : CallAttributes {
   int64_t expert_alignment;
   bool expand;
   bool zero_tail;
+  bool e4m3;  // rows travel scaled; dispatch only
 };
 
 namespace {
@@ -30,7 +33,8 @@ StatusOr<RowType> RowTypeOf(const Buffer& rows) {
       return RowType::kF16;
     default:
       return Status(StatusCode::kUnimplemented,
-                    "on GPUs rows are float32, bfloat16 or float16; cast them");
+                    "on GPUs sums are of float32, bfloat16 or float16 rows; "
+                    "cast them");
   }
 }
 
@@ -39,7 +43,10 @@ StatusOr<MoeShape> ShapeOf(const MoeAttributes& attributes, int ranks,
                            const Buffer& rows, const Buffer& ids,
                            bool with_scalars) {
   MoeShape shape = {};
-  JF_ASSIGN_OR_RETURN(shape.type, RowTypeOf(rows));
+  if (attributes.e4m3) {
+    return Status(StatusCode::kUnimplemented,
+                  "on GPUs scaled rows are packed by the program, not here");
+  }
   shape.ranks = ranks;
   shape.tokens = static_cast<int32_t>(ids.dimensions()[0]);
   shape.k = static_cast<int32_t>(ids.dimensions()[1]);
@@ -78,45 +85,130 @@ Status CheckMessage(const MoeShape& shape, const Peers& peers) {
           "; open the Fabric with mailbox_bytes=" + std::to_string(bytes));
 }
 
+Status RunDispatch(const Target& target, const MoeAttributes& attributes,
+                   const Buffer& x, const Buffer& ids, DispatchBuffers buffers,
+                   cudaStream_t stream) {
+  JF_ASSIGN_OR_RETURN(const MoeShape shape,
+                      ShapeOf(attributes, target.peers.ranks, x, ids, false));
+  JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
+  const int rank = target.peers.rank;
+  const Grid grid = DispatchGrid(shape, target.group->BlocksMax(rank));
+  if (PlanBytes(shape, grid) > Group::kWorkspaceBytes) {
+    return Status(StatusCode::kResourceExhausted,
+                  "the plan of a dispatch of " + std::to_string(shape.tokens) +
+                      " tokens does not fit its workspace; dispatch fewer "
+                      "tokens at a time");
+  }
+  if (shape.expand) buffers.row_index = nullptr;
+  return ToStatus(LaunchDispatch(target.peers, shape, grid, buffers,
+                                 target.group->Workspace(rank), stream),
+                  "launch");
+}
+
+// What both forms of dispatch return, in order.
+struct DispatchResults {
+  Result tokens, group_sizes, row_weights, row_index, recv_count, slot_row,
+      sent, dropped;
+};
+
+DispatchBuffers BuffersOf(const Buffer& x, const Buffer& ids,
+                          const Buffer& weights, DispatchResults& results) {
+  return {DataOf<char>(x),
+          DataOf<int32_t>(ids),
+          DataOf<float>(weights),
+          DataOf<char>(results.tokens),
+          DataOf<int32_t>(results.group_sizes),
+          DataOf<float>(results.row_weights),
+          DataOf<int32_t>(results.row_index),
+          DataOf<int32_t>(results.recv_count),
+          DataOf<int32_t>(results.slot_row),
+          DataOf<int32_t>(results.sent),
+          DataOf<int32_t>(results.dropped)};
+}
+
 ffi::Error Dispatch(cudaStream_t stream, int32_t device,
                     MoeAttributes attributes, Position position, Buffer x,
                     Buffer ids, Buffer weights, Buffer token, Result tokens,
                     Result group_sizes, Result row_weights, Result row_index,
                     Result recv_count, Result slot_row, Result sent,
-                    Result dropped, Result token_out) {
+                    Result dropped, Result token_out,
+                    ffi::RemainingRets /*scales*/) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
         FindTarget(device, attributes, position, token, token_out));
-    JF_ASSIGN_OR_RETURN(const MoeShape shape,
-                        ShapeOf(attributes, target.peers.ranks, x, ids, false));
-    JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
-    const int rank = target.peers.rank;
-    const Grid grid = DispatchGrid(shape, target.group->BlocksMax(rank));
-    if (PlanBytes(shape, grid) > Group::kWorkspaceBytes) {
-      return Status(StatusCode::kResourceExhausted,
-                    "the plan of a dispatch of " +
-                        std::to_string(shape.tokens) +
-                        " tokens does not fit its workspace; dispatch fewer "
-                        "tokens at a time");
-    }
-    const DispatchBuffers buffers = {
-        DataOf<char>(x),
-        DataOf<int32_t>(ids),
-        DataOf<float>(weights),
-        DataOf<char>(tokens),
-        DataOf<int32_t>(group_sizes),
-        DataOf<float>(row_weights),
-        shape.expand ? nullptr : DataOf<int32_t>(row_index),
-        DataOf<int32_t>(recv_count),
-        DataOf<int32_t>(slot_row),
-        DataOf<int32_t>(sent),
-        DataOf<int32_t>(dropped)};
-    return ToStatus(LaunchDispatch(target.peers, shape, grid, buffers,
-                                   target.group->Workspace(rank), stream),
-                    "launch");
+    DispatchResults results = {tokens,     group_sizes, row_weights, row_index,
+                               recv_count, slot_row,    sent,        dropped};
+    return RunDispatch(target, attributes, x, ids,
+                       BuffersOf(x, ids, weights, results), stream);
   };
   return ToError(run(), attributes.label);
+}
+
+ffi::Error DispatchStart(cudaStream_t stream, int32_t device,
+                         MoeAttributes attributes, Position position, Buffer x,
+                         Buffer ids, Buffer weights, Buffer token,
+                         ffi::Result<Pending> pending, Result token_out) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(device, attributes, position, token,
+                                   token_out, Phase::kStart));
+    target.peers.pending = pending->typed_data();
+    DispatchBuffers buffers = {};
+    buffers.x = DataOf<char>(x);
+    buffers.ids = DataOf<int32_t>(ids);
+    buffers.weights = DataOf<float>(weights);
+    return RunDispatch(target, attributes, x, ids, buffers, stream);
+  };
+  return ToError(run(), attributes.label);
+}
+
+ffi::Error DispatchDone(cudaStream_t stream, int32_t device,
+                        MoeAttributes attributes, Position position,
+                        Pending pending, Buffer x, Buffer ids, Buffer weights,
+                        Buffer token, Result tokens, Result group_sizes,
+                        Result row_weights, Result row_index, Result recv_count,
+                        Result slot_row, Result sent, Result dropped,
+                        Result token_out, ffi::RemainingRets /*scales*/) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(device, attributes, position, token,
+                                   token_out, Phase::kDone));
+    target.peers.pending = pending.typed_data();
+    DispatchResults results = {tokens,     group_sizes, row_weights, row_index,
+                               recv_count, slot_row,    sent,        dropped};
+    return RunDispatch(target, attributes, x, ids,
+                       BuffersOf(x, ids, weights, results), stream);
+  };
+  return ToError(run(), attributes.label);
+}
+
+// What all forms of combine are given, in order.
+struct CombineOperands {
+  Buffer rows, row_weights, scalars, ids, recv_count, slot_row;
+};
+
+// `y` and `slot_scalars` are null in the first half.
+Status RunCombine(const Target& target, const MoeAttributes& attributes,
+                  const CombineOperands& o, char* y, float* slot_scalars,
+                  cudaStream_t stream) {
+  const bool with_scalars = o.scalars.element_count() != 0;
+  JF_ASSIGN_OR_RETURN(MoeShape shape, ShapeOf(attributes, target.peers.ranks,
+                                              o.rows, o.ids, with_scalars));
+  JF_ASSIGN_OR_RETURN(shape.type, RowTypeOf(o.rows));
+  JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
+  const CombineBuffers buffers = {DataOf<char>(o.rows),
+                                  DataOrNull<float>(o.row_weights),
+                                  DataOrNull<float>(o.scalars),
+                                  DataOf<int32_t>(o.ids),
+                                  DataOf<int32_t>(o.recv_count),
+                                  DataOf<int32_t>(o.slot_row),
+                                  y,
+                                  with_scalars ? slot_scalars : nullptr};
+  const int blocks = target.group->BlocksMax(target.peers.rank);
+  return ToStatus(LaunchCombine(target.peers, shape, CombineGrid(shape, blocks),
+                                buffers, stream),
+                  "launch");
 }
 
 ffi::Error Combine(cudaStream_t stream, int32_t device,
@@ -128,28 +220,107 @@ ffi::Error Combine(cudaStream_t stream, int32_t device,
     JF_ASSIGN_OR_RETURN(
         const Target target,
         FindTarget(device, attributes, position, token, token_out));
-    const bool with_scalars = scalars.element_count() != 0;
-    JF_ASSIGN_OR_RETURN(
-        const MoeShape shape,
-        ShapeOf(attributes, target.peers.ranks, rows, ids, with_scalars));
-    JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
-    const int rank = target.peers.rank;
-    const CombineBuffers buffers = {
-        DataOf<char>(rows),
-        DataOrNull<float>(row_weights),
-        DataOrNull<float>(scalars),
-        DataOf<int32_t>(ids),
-        DataOf<int32_t>(recv_count),
-        DataOf<int32_t>(slot_row),
-        DataOf<char>(y),
-        with_scalars ? DataOf<float>(slot_scalars) : nullptr};
-    return ToStatus(
-        LaunchCombine(target.peers, shape,
-                      CombineGrid(shape, target.group->BlocksMax(rank)),
-                      buffers, stream),
-        "launch");
+    return RunCombine(target, attributes,
+                      {rows, row_weights, scalars, ids, recv_count, slot_row},
+                      DataOf<char>(y), DataOf<float>(slot_scalars), stream);
   };
   return ToError(run(), attributes.label);
+}
+
+ffi::Error CombineStart(cudaStream_t stream, int32_t device,
+                        MoeAttributes attributes, Position position,
+                        Buffer rows, Buffer row_weights, Buffer scalars,
+                        Buffer ids, Buffer recv_count, Buffer slot_row,
+                        Buffer token, ffi::Result<Pending> pending,
+                        Result token_out) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(device, attributes, position, token,
+                                   token_out, Phase::kStart));
+    target.peers.pending = pending->typed_data();
+    return RunCombine(target, attributes,
+                      {rows, row_weights, scalars, ids, recv_count, slot_row},
+                      nullptr, nullptr, stream);
+  };
+  return ToError(run(), attributes.label);
+}
+
+ffi::Error CombineDone(cudaStream_t stream, int32_t device,
+                       MoeAttributes attributes, Position position,
+                       Pending pending, Buffer rows, Buffer row_weights,
+                       Buffer scalars, Buffer ids, Buffer recv_count,
+                       Buffer slot_row, Buffer token, Result y,
+                       Result slot_scalars, Result token_out) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(Target target,
+                        FindTarget(device, attributes, position, token,
+                                   token_out, Phase::kDone));
+    target.peers.pending = pending.typed_data();
+    return RunCombine(target, attributes,
+                      {rows, row_weights, scalars, ids, recv_count, slot_row},
+                      DataOf<char>(y), DataOf<float>(slot_scalars), stream);
+  };
+  return ToError(run(), attributes.label);
+}
+
+ffi::Error Replay(cudaStream_t stream, int32_t device, MoeAttributes attributes,
+                  Position position, Buffer x, Buffer ids, Buffer recv_count,
+                  Buffer slot_row, Buffer token, Result rows,
+                  Result token_out) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(
+        const Target target,
+        FindTarget(device, attributes, position, token, token_out));
+    JF_ASSIGN_OR_RETURN(const MoeShape shape,
+                        ShapeOf(attributes, target.peers.ranks, x, ids, false));
+    JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
+    const ReplayBuffers buffers = {
+        DataOf<char>(x), DataOf<int32_t>(ids), DataOf<int32_t>(recv_count),
+        DataOf<int32_t>(slot_row), DataOf<char>(rows)};
+    return ToStatus(LaunchReplay(target.peers, shape,
+                                 target.group->BlocksMax(target.peers.rank),
+                                 buffers, stream),
+                    "launch");
+  };
+  return ToError(run(), attributes.label);
+}
+
+// rows, row_weights, scalars, ids, recv_count, slot_row, token
+template <typename Binding>
+auto BindCombineOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>();
+}
+
+// x, ids, weights, token; then the nine results of a dispatch, and scales
+template <typename Binding>
+auto BindDispatchOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>()
+      .template Arg<Buffer>();
+}
+
+template <typename Binding>
+auto BindDispatchResults(Binding binding) {
+  return std::move(binding)
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .RemainingRets();
 }
 
 }  // namespace
@@ -161,37 +332,49 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla::ffi::StructMember<int64_t>("capacity"),
     ::xla::ffi::StructMember<int64_t>("expert_alignment"),
     ::xla::ffi::StructMember<bool>("expand"),
-    ::xla::ffi::StructMember<bool>("zero_tail"));
+    ::xla::ffi::StructMember<bool>("zero_tail"),
+    ::xla::ffi::StructMember<bool>("e4m3"));
 
 namespace jaxfabric::cuda {
 
 #pragma GCC visibility push(default)
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaRoute, Dispatch,
-                              BindCall<MoeAttributes>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricCudaRoute, Dispatch,
+    BindDispatchResults(BindDispatchOperands(BindCall<MoeAttributes>())),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaRouteStart, DispatchStart,
+                              BindDispatchOperands(BindCall<MoeAttributes>())
+                                  .Ret<Pending>()
+                                  .Ret<Buffer>(),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaRouteDone, DispatchDone,
+                              BindDispatchResults(BindDispatchOperands(
+                                  BindCall<MoeAttributes>().Arg<Pending>())),
+                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaReduce, Combine,
+                              BindCombineOperands(BindCall<MoeAttributes>())
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaReduce, Combine,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricCudaReduceStart, CombineStart,
+    BindCombineOperands(BindCall<MoeAttributes>()).Ret<Pending>().Ret<Buffer>(),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    JaxfabricCudaReduceDone, CombineDone,
+    BindCombineOperands(BindCall<MoeAttributes>().Arg<Pending>())
+        .Ret<Buffer>()
+        .Ret<Buffer>()
+        .Ret<Buffer>(),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaReplay, Replay,
                               BindCall<MoeAttributes>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>(),
                               {ffi::Traits::kCmdBufferCompatible});

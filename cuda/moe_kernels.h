@@ -1,4 +1,5 @@
-// The kernels of dispatch and combine: their arguments and their launch.
+// The kernels of dispatch, combine and replay: their arguments and their
+// launch.
 
 #ifndef JAXFABRIC_CUDA_MOE_KERNELS_H_
 #define JAXFABRIC_CUDA_MOE_KERNELS_H_
@@ -16,8 +17,11 @@ namespace jaxfabric::cuda {
 // How much of the device a kernel takes.
 struct Grid {
   int blocks;       // of 512 threads; all of them must be resident at once
-  int send_blocks;  // that only send, for many tokens; the others receive
+  int send_blocks;  // that only send, while the others receive; 0: all do both
   int segments_per_item;  // of a row that a warp takes at a time
+  // Dispatch: the receiving blocks make one plan together, in global memory,
+  // for many tokens; else each makes the whole plan in its shared memory.
+  bool plan_together;
 };
 
 // Operands and results of dispatch; all in device memory of this rank.
@@ -47,6 +51,15 @@ struct CombineBuffers {
   float* slot_scalars;        // [T, K] or null
 };
 
+// Operands and result of replay.
+struct ReplayBuffers {
+  const char* x;              // [T, D]
+  const int32_t* ids;         // [T, K]
+  const int32_t* recv_count;  // [N]
+  const int32_t* slot_row;    // [N*T, S]
+  char* rows;                 // [R, D], or [N*T, D] unique rows
+};
+
 // Device memory that a dispatch of this shape needs for its plan.
 size_t PlanBytes(const MoeShape& shape, Grid grid);
 
@@ -54,18 +67,23 @@ size_t PlanBytes(const MoeShape& shape, Grid grid);
 Grid DispatchGrid(const MoeShape& shape, int blocks_max);
 Grid CombineGrid(const MoeShape& shape, int blocks_max);
 
+// What they do is peers.phase: both halves of a call, or one of them. A first
+// half needs no results, a second half sends nothing.
 // `workspace` is PlanBytes() of this rank, used by one kernel at a time.
 cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
                            const DispatchBuffers& buffers, char* workspace,
                            cudaStream_t stream);
 cudaError_t LaunchCombine(const Peers& peers, const MoeShape& shape, Grid grid,
                           const CombineBuffers& buffers, cudaStream_t stream);
+cudaError_t LaunchReplay(const Peers& peers, const MoeShape& shape, int blocks,
+                         const ReplayBuffers& buffers, cudaStream_t stream);
 
 // Load the kernels on the current device and let them have the shared memory
 // that they may ask for: a kernel that is loaded while another spins would wait
 // for it.
 cudaError_t PreloadDispatchKernels();
 cudaError_t PreloadCombineKernels();
+cudaError_t PreloadReplayKernels();
 
 }  // namespace jaxfabric::cuda
 

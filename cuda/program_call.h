@@ -63,6 +63,9 @@ inline ffi::Error ToError(const Status& status, std::string_view label) {
       "jaxfabric: " + std::string(label) + ": " + status.message());
 }
 
+// The array that the first half of a call gives to its second.
+using Pending = ffi::BufferR1<ffi::U32>;
+
 // What the launch of a kernel needs; the group is kept by the registry, and
 // closing it waits for the device.
 struct Target {
@@ -73,7 +76,8 @@ struct Target {
 inline StatusOr<Target> FindTarget(int32_t device,
                                    const CallAttributes& attributes,
                                    const Position& position,
-                                   const Buffer& token, Result& token_out) {
+                                   const Buffer& token, Result& token_out,
+                                   Phase phase = Phase::kWhole) {
   JF_ASSIGN_OR_RETURN(const Published published,
                       GroupRegistry::Get().Find(attributes.fabric));
   JF_RETURN_IF_ERROR(published.group->Failure());
@@ -95,7 +99,9 @@ inline StatusOr<Target> FindTarget(int32_t device,
   }
   const double timeout_s =
       attributes.timeout_s > 0 ? attributes.timeout_s : published.timeout_s;
-  Target target = {published.group, published.group->PeersOf(rank, timeout_s)};
+  published.group->CountCall();
+  Target target = {published.group,
+                   published.group->PeersOf(rank, timeout_s, phase)};
   target.peers.call = {position.typed_data(), DataOf<float>(token),
                        DataOf<float>(token_out)};
   return target;

@@ -11,6 +11,12 @@
 
 namespace jaxfabric::cuda {
 
+// A share of something: this warp is number `index` of `count`.
+struct WarpShare {
+  int index;
+  int count;
+};
+
 // Packets of a row that one warp has in its registers.
 template <int kPackets>
 struct Segment {

@@ -27,8 +27,17 @@ TRANSPORT = "nvlink"
 # FFI targets that exist on GPUs, by the name that programs use on every platform.
 TARGETS = {
     "jaxfabric_barrier": "JaxfabricCudaBarrier",
+    "jaxfabric_put": "JaxfabricCudaPut",
+    "jaxfabric_put_pages": "JaxfabricCudaPutPages",
+    "jaxfabric_scatter": "JaxfabricCudaScatter",
+    "jaxfabric_wait": "JaxfabricCudaWait",
     "jaxfabric_route": "JaxfabricCudaRoute",
+    "jaxfabric_route_start": "JaxfabricCudaRouteStart",
+    "jaxfabric_route_done": "JaxfabricCudaRouteDone",
     "jaxfabric_reduce": "JaxfabricCudaReduce",
+    "jaxfabric_reduce_start": "JaxfabricCudaReduceStart",
+    "jaxfabric_reduce_done": "JaxfabricCudaReduceDone",
+    "jaxfabric_replay": "JaxfabricCudaReplay",
 }
 _LIBRARY = "libjaxfabric_cuda.so"
 
@@ -52,6 +61,7 @@ def library() -> ctypes.CDLL:
         )
     loaded = ctypes.CDLL(str(path))
     loaded.jaxfabric_cuda_error.restype = ctypes.c_char_p
+    loaded.jaxfabric_cuda_calls.restype = ctypes.c_int64
     return loaded
 
 
@@ -94,6 +104,7 @@ class CudaGroup:
     ) -> None:
         self._library = library()
         self._handle = ctypes.c_void_p()
+        self._aborted = False
         mailbox_bytes, window_bytes = sizes
         _check(
             self._library.jaxfabric_cuda_create(
@@ -117,6 +128,20 @@ class CudaGroup:
             )
         )
 
+    def allocate_window(self, size: int) -> tuple[int, int]:
+        """The index of a new window of ``size`` bytes, and 0 for its address."""
+        index = ctypes.c_int()
+        _check(
+            self._library.jaxfabric_cuda_allocate_window(
+                self._handle, ctypes.c_uint64(size), ctypes.byref(index)
+            )
+        )
+        return index.value, 0
+
+    def calls(self) -> int:
+        """How often XLA asked for a call of ours; replayed ones are not asked for."""
+        return self._library.jaxfabric_cuda_calls(self._handle)
+
     def failure(self) -> tuple[int, str, list[int]] | None:
         """The first failure of a kernel: code, text and lost peers."""
         code = self._library.jaxfabric_cuda_failure(self._handle)
@@ -130,12 +155,19 @@ class CudaGroup:
 
     def abort(self, reason: str) -> None:
         """Peers that wait for this rank end with their time limit."""
+        self._aborted = True
 
     def close(self) -> None:
-        """Waits for the kernels under way, and frees the heaps."""
+        """Waits for the kernels under way, and frees the heaps.
+
+        Raises:
+          FabricError: a kernel failed, and no later call has said so.
+        """
         if self._handle:
-            self._library.jaxfabric_cuda_close(self._handle)
-            self._handle = ctypes.c_void_p()
+            handle, self._handle = self._handle, ctypes.c_void_p()
+            code = self._library.jaxfabric_cuda_close(handle)
+            if not self._aborted:
+                _check(code)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):

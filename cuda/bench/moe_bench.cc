@@ -1,15 +1,15 @@
 // Times of the kernels under CUDA graphs, two ranks in one process.
 //
-//   cuda_moe_bench [decode|prefill|primitives] [blocks ...]
+//   cuda_moe_bench [decode|prefill|long|sweep|primitives] [blocks ...]
 //
-// A graph holds a chain of one operation and is launched on all devices; a time
-// is its wall-clock time over the length of the chain (so the slower rank's),
-// the median of several launches, in microseconds.
+// A graph holds a barrier and then a chain of one operation between two events,
+// and is launched on all devices. A time is what the slower rank took for the
+// chain over the chain's length, in microseconds: the median of kLaunches
+// launches / the 99th of 100.
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,49 +27,75 @@ namespace {
 
 constexpr int kRanks = 2, kExperts = 256, kTopK = 8, kHidden = 7168;
 constexpr int64_t kRowBytes = kHidden * 2;
-constexpr int kLaunches = 11;
+constexpr int kLaunches = 300;
 
 using Launch = std::function<cudaError_t(int rank)>;
 
-double Median(std::vector<double> values) {
+struct Times {
+  double p50, p99;
+};
+
+Times QuantilesOf(std::vector<double> values) {
   std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+  return {values[values.size() / 2], values[values.size() * 99 / 100]};
+}
+
+// One rank's chain, and the events before and after it.
+struct Chain {
+  cudaGraphExec_t graph = nullptr;
+  cudaEvent_t begin = nullptr, end = nullptr;
+};
+
+cudaError_t Capture(Cluster& cluster, int rank, int length,
+                    const Launch& launch, Chain& chain) {
+  const cudaStream_t stream = cluster.stream(rank);
+  cudaEventCreate(&chain.begin);
+  cudaEventCreate(&chain.end);
+  cudaGraph_t graph = nullptr;
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+  LaunchBarrier(cluster.peers(rank), stream);  // who was launched first waits
+  cudaEventRecordWithFlags(chain.begin, stream, cudaEventRecordExternal);
+  for (int i = 0; i < length; ++i) launch(rank);
+  cudaEventRecordWithFlags(chain.end, stream, cudaEventRecordExternal);
+  cudaStreamEndCapture(stream, &graph);
+  const cudaError_t error = cudaGraphInstantiate(&chain.graph, graph, 0);
+  cudaGraphDestroy(graph);
+  cudaGraphUpload(chain.graph, stream);
+  return error;
 }
 
 // Microseconds of one `launch` in a chain of `length`.
-double TimeInGraph(Cluster& cluster, int length, const Launch& launch) {
-  std::vector<cudaGraphExec_t> graphs(cluster.ranks());
+Times TimeInGraph(Cluster& cluster, int length, const Launch& launch) {
+  std::vector<Chain> chains(cluster.ranks());
   cluster.ForEach([&](int rank) {
-    const cudaStream_t stream = cluster.stream(rank);
-    cudaGraph_t graph = nullptr;
-    cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
-    for (int i = 0; i < length; ++i) launch(rank);
-    cudaStreamEndCapture(stream, &graph);
-    const cudaError_t error = cudaGraphInstantiate(&graphs[rank], graph, 0);
-    cudaGraphDestroy(graph);
-    cudaGraphUpload(graphs[rank], stream);
-    return error;
+    return Capture(cluster, rank, length, launch, chains[rank]);
   });
   cluster.Synchronize();
   std::vector<double> times;
-  for (int i = 0; i < kLaunches; ++i) {
-    const auto began = std::chrono::steady_clock::now();
-    for (int rank = 0; rank < cluster.ranks(); ++rank) {
-      cudaSetDevice(cluster.device(rank));
-      cudaGraphLaunch(graphs[rank], cluster.stream(rank));
-    }
+  for (int i = -3; i < kLaunches; ++i) {
+    cluster.ForEach([&](int rank) {
+      return cudaGraphLaunch(chains[rank].graph, cluster.stream(rank));
+    });
     cluster.Synchronize();
-    const std::chrono::duration<double, std::micro> took =
-        std::chrono::steady_clock::now() - began;
-    times.push_back(took.count() / length);
+    double slowest = 0;
+    for (const Chain& chain : chains) {
+      float ms = 0;
+      cudaEventElapsedTime(&ms, chain.begin, chain.end);
+      slowest = std::max(slowest, ms * 1e3 / length);
+    }
+    if (i >= 0) times.push_back(slowest);
   }
-  for (cudaGraphExec_t graph : graphs) cudaGraphExecDestroy(graph);
+  for (const Chain& chain : chains) {
+    cudaGraphExecDestroy(chain.graph);
+    cudaEventDestroy(chain.begin);
+    cudaEventDestroy(chain.end);
+  }
   const Status failure = cluster.group().Failure();
   if (!failure.ok()) {
     std::printf("FAILED: %s\n", failure.message().c_str());
     std::exit(1);
   }
-  return Median(times);
+  return QuantilesOf(times);
 }
 
 struct Operands {
@@ -151,40 +177,59 @@ CombineBuffers CombineOf(const Operands& o, int r) {
           nullptr};
 }
 
-void TimeMoe(Cluster& cluster, int tokens, Grid dispatch, Grid combine) {
-  const MoeShape once = ShapeOf(tokens, false), each = ShapeOf(tokens, true);
-  const Operands o = MakeOperands(cluster, each);
-  const int length = tokens > 1024 ? 5 : tokens > 256 ? 20 : 100;
-  const auto time_dispatch = [&](const MoeShape& shape) {
-    return TimeInGraph(cluster, length, [&](int r) {
-      return LaunchDispatch(cluster.peers(r), shape, dispatch,
-                            DispatchOf(o, r, shape.expand),
-                            cluster.group().Workspace(r), cluster.stream(r));
-    });
-  };
-  const auto time_combine = [&](const MoeShape& shape) {
-    return TimeInGraph(cluster, length, [&](int r) {
-      return LaunchCombine(cluster.peers(r), shape, combine, CombineOf(o, r),
-                           cluster.stream(r));
-    });
-  };
-  const double unique = time_dispatch(once);
-  const double partials = time_combine(once);
-  const double grouped = time_dispatch(each);
-  const double reduced = time_combine(each);
+struct Grids {
+  Grid dispatch, combine;
+};
+using GridsFor = std::function<Grids(const MoeShape& shape)>;
+
+// One of the forms: rows once per rank, or one for each expert.
+void TimeForm(Cluster& cluster, const Operands& o, const MoeShape& shape,
+              const Grids& grids) {
+  const int length = shape.tokens > 1024 ? 5 : 20;
+  const Times dispatch = TimeInGraph(cluster, length, [&](int r) {
+    return LaunchDispatch(cluster.peers(r), shape, grids.dispatch,
+                          DispatchOf(o, r, shape.expand),
+                          cluster.group().Workspace(r), cluster.stream(r));
+  });
+  const Times combine = TimeInGraph(cluster, length, [&](int r) {
+    return LaunchCombine(cluster.peers(r), shape, grids.combine,
+                         CombineOf(o, r), cluster.stream(r));
+  });
   std::printf(
-      "T %5d  dispatch %3d/%2d/%d: once %7.2f  grouped %7.2f   "
-      "combine %3d/%2d: once %7.2f  reduced %7.2f us\n",
-      tokens, dispatch.blocks, dispatch.send_blocks, dispatch.segments_per_item,
-      unique, grouped, combine.blocks, combine.send_blocks, partials, reduced);
+      "T %5d %s  dispatch %3d/%2d/%d %7.2f/%7.2f  combine %3d/%2d/%d "
+      "%7.2f/%7.2f us\n",
+      shape.tokens, shape.expand ? "each" : "once", grids.dispatch.blocks,
+      grids.dispatch.send_blocks, grids.dispatch.segments_per_item,
+      dispatch.p50, dispatch.p99, grids.combine.blocks,
+      grids.combine.send_blocks, grids.combine.segments_per_item, combine.p50,
+      combine.p99);
   std::fflush(stdout);
 }
 
+void TimeMoe(Cluster& cluster, int tokens, const GridsFor& grids_for) {
+  const MoeShape once = ShapeOf(tokens, false), each = ShapeOf(tokens, true);
+  const Operands o = MakeOperands(cluster, each);
+  TimeForm(cluster, o, once, grids_for(once));
+  TimeForm(cluster, o, each, grids_for(each));
+}
+
+// Other grids than those chosen, for few tokens.
+void Sweep(Cluster& cluster, int tokens, int blocks) {
+  for (const int send : {blocks / 8, blocks / 4, blocks * 5 / 16}) {
+    for (const int per_item : {1, 2, 3}) {
+      TimeMoe(cluster, tokens, [&](const MoeShape&) {
+        return Grids{{blocks, send, per_item, false},
+                     {blocks, send + blocks / 4, per_item, false}};
+      });
+    }
+  }
+}
+
 void TimePrimitives(Cluster& cluster) {
-  const double barrier = TimeInGraph(cluster, 200, [&](int r) {
+  const Times barrier = TimeInGraph(cluster, 200, [&](int r) {
     return LaunchBarrier(cluster.peers(r), cluster.stream(r));
   });
-  std::printf("barrier %.2f us\n", barrier);
+  std::printf("barrier %.2f/%.2f us\n", barrier.p50, barrier.p99);
   std::vector<DeviceBuffer> source, target, offset, out;
   for (int r = 0; r < kRanks; ++r) {
     source.emplace_back(r, 1 << 20);
@@ -195,21 +240,28 @@ void TimePrimitives(Cluster& cluster) {
   for (const int64_t bytes : {int64_t{16}, kRowBytes, int64_t{1} << 20}) {
     const auto put = [&](int r) {
       return LaunchPut(cluster.peers(r),
-                       {source[r].as<char>(), bytes, target[r].as<int32_t>(),
-                        offset[r].as<int32_t>(), 1, kWindowsBegin, 1 << 20, 0},
+                       {source[r].as<char>(),
+                        bytes,
+                        1,
+                        target[r].as<int32_t>(),
+                        offset[r].as<int32_t>(),
+                        1,
+                        {kWindowsBegin, 1 << 20, 0}},
                        64, cluster.stream(r));
     };
-    const double alone = TimeInGraph(cluster, 200, put);
-    const double both = TimeInGraph(cluster, 200, [&](int r) {
+    const Times alone = TimeInGraph(cluster, 200, put);
+    const Times both = TimeInGraph(cluster, 200, [&](int r) {
       const cudaError_t error = put(r);
       if (error != cudaSuccess) return error;
       return LaunchWait(cluster.peers(r),
-                        {out[r].as<char>(), kWindowsBegin,
-                         static_cast<uint64_t>(bytes), 0, 1},
+                        {out[r].as<char>(),
+                         {kWindowsBegin, static_cast<uint64_t>(bytes), 0},
+                         1},
                         64, cluster.stream(r));
     });
-    std::printf("put of %lld bytes %.2f us, with its wait %.2f us\n",
-                static_cast<long long>(bytes), alone, both);
+    std::printf("put of %lld bytes %.2f/%.2f us, with its wait %.2f/%.2f us\n",
+                static_cast<long long>(bytes), alone.p50, alone.p99, both.p50,
+                both.p99);
   }
 }
 
@@ -217,27 +269,21 @@ void Main(const std::string& what, const std::vector<int>& blocks) {
   if (what == "primitives") {
     Cluster cluster(kRanks, 2, 1 << 20, 1 << 20);
     TimePrimitives(cluster);
-  } else if (what == "decode") {
-    Cluster cluster(kRanks, 2, 1 << 20, MessageBytes(ShapeOf(1024, true)));
-    for (const int n : blocks) {
-      for (const int tokens : {1, 8, 32, 128, 256, 512}) {
-        TimeMoe(cluster, tokens, {n, 0, 1}, {n, 0, 1});
-      }
-    }
-  } else {
-    const bool long_input = what == "long";
-    Cluster cluster(kRanks, 2, 1 << 20,
-                    MessageBytes(ShapeOf(long_input ? 16384 : 4096, true)));
-    const std::vector<int> lengths =
-        long_input ? std::vector<int>{16384}
-                   : std::vector<int>{128, 256, 512, 1024, 4096};
-    for (const int n : blocks) {
-      for (const int tokens : lengths) {
-        const MoeShape shape = ShapeOf(tokens, true);
-        TimeMoe(cluster, tokens, DispatchGrid(shape, n), CombineGrid(shape, n));
-        TimeMoe(cluster, tokens, {n, n / 4, 3}, {n, n / 3, 1});
-        TimeMoe(cluster, tokens, {n, n / 4, 2}, {n, n / 2, 1});
-      }
+    return;
+  }
+  const std::vector<int> lengths =
+      what == "decode"  ? std::vector<int>{1, 8, 32, 128, 256, 512}
+      : what == "long"  ? std::vector<int>{16384}
+      : what == "sweep" ? std::vector<int>{32, 128}
+                        : std::vector<int>{1024, 4096};
+  Cluster cluster(kRanks, 2, 1 << 20,
+                  MessageBytes(ShapeOf(lengths.back(), true)));
+  for (const int n : blocks) {
+    for (const int tokens : lengths) {
+      TimeMoe(cluster, tokens, [n](const MoeShape& shape) {
+        return Grids{DispatchGrid(shape, n), CombineGrid(shape, n)};
+      });
+      if (what == "sweep") Sweep(cluster, tokens, n);
     }
   }
 }

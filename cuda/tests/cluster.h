@@ -114,8 +114,9 @@ class Cluster {
   int ranks() const { return static_cast<int>(streams_.size()); }
   int device(int rank) const { return devices_[rank]; }
   cudaStream_t stream(int rank) const { return streams_[rank]; }
-  Peers peers(int rank, double timeout_s = 20) const {
-    return group_->PeersOf(rank, timeout_s);
+  Peers peers(int rank, double timeout_s = 20,
+              Phase phase = Phase::kWhole) const {
+    return group_->PeersOf(rank, timeout_s, phase);
   }
   // Blocks that let the kernels of all ranks of a device run side by side.
   int blocks_max(int rank) const {

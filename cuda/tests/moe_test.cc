@@ -28,8 +28,9 @@ constexpr uint64_t kMailboxBytes = 8 << 20;
 struct Case {
   World world;
   RowType type;
-  bool roles;
+  bool roles, together;
   bool weighted, with_scalars;
+  bool halves;
 };
 
 moe::RowType HostType(RowType type) {
@@ -115,9 +116,9 @@ struct RankBuffers {
   }
 };
 
-Grid GridFor(Cluster& cluster, int rank, bool roles) {
+Grid GridFor(Cluster& cluster, int rank, const Case& c) {
   const int blocks = cluster.blocks_max(rank);
-  return {blocks, roles ? std::max(1, blocks / 4) : 0, 1 + rank};
+  return {blocks, c.roles ? std::max(1, blocks / 4) : 0, 1 + rank, c.together};
 }
 
 void CheckDispatch(const World& world, int rank, const RankBuffers& got) {
@@ -235,6 +236,11 @@ class MoeTest : public ::testing::TestWithParam<int> {
     const std::string missing = Missing(2);
     if (!missing.empty()) GTEST_SKIP() << missing;
     cluster_ = std::make_unique<Cluster>(GetParam(), 2, 1 << 16, kMailboxBytes);
+    for (int rank = 0; rank < GetParam(); ++rank) {
+      const int device = cluster_->device(rank);
+      pending_.emplace_back();
+      for (int i = 0; i < 2; ++i) pending_[rank].emplace_back(device, 24);
+    }
   }
 
   Case RandomCase(Random& random, bool large) {
@@ -244,8 +250,10 @@ class MoeTest : public ::testing::TestWithParam<int> {
     const Layout layout = RandomLayout(random, GetParam(), c.type, large);
     c.world = moe::RandomWorld(random, layout);
     c.roles = large || Uniform(random, 0, 1) == 0;
+    c.together = large || Uniform(random, 0, 1) == 0;
     c.weighted = Uniform(random, 0, 1) == 0;
     c.with_scalars = Uniform(random, 0, 1) == 0;
+    c.halves = Uniform(random, 0, 1) == 0;
     return c;
   }
 
@@ -256,13 +264,12 @@ class MoeTest : public ::testing::TestWithParam<int> {
       buffers.emplace_back(cluster_->device(rank), c.world, rank);
     }
     const MoeShape shape = ShapeOf(layout, c.type, false);
-    cluster_->ForEach([&](int rank) {
-      return LaunchDispatch(
-          cluster_->peers(rank), shape, GridFor(*cluster_, rank, c.roles),
-          buffers[rank].Dispatch(layout), cluster_->group().Workspace(rank),
-          cluster_->stream(rank));
+    InPhases(c, [&](int rank, const Peers& peers) {
+      return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, c),
+                            buffers[rank].Dispatch(layout),
+                            cluster_->group().Workspace(rank),
+                            cluster_->stream(rank));
     });
-    cluster_->Synchronize();
     ASSERT_TRUE(cluster_->group().Failure().ok())
         << cluster_->group().Failure().message();
     for (int rank = 0; rank < cluster_->ranks(); ++rank) {
@@ -282,10 +289,10 @@ class MoeTest : public ::testing::TestWithParam<int> {
       slot_scalars.emplace_back(device, layout.tokens * layout.k * 4);
     }
     const MoeShape reduce = ShapeOf(expanded, c.type, c.with_scalars);
-    cluster_->ForEach([&](int rank) {
+    InPhases(c, [&](int rank, const Peers& peers) {
       const RankBuffers& b = buffers[rank];
       return LaunchCombine(
-          cluster_->peers(rank), reduce, GridFor(*cluster_, rank, c.roles),
+          peers, reduce, GridFor(*cluster_, rank, c),
           {rows[rank].as<char>(),
            c.weighted ? weights[rank].as<float>() : nullptr,
            c.with_scalars ? scalars[rank].as<float>() : nullptr,
@@ -294,15 +301,61 @@ class MoeTest : public ::testing::TestWithParam<int> {
            c.with_scalars ? slot_scalars[rank].as<float>() : nullptr},
           cluster_->stream(rank));
     });
-    cluster_->Synchronize();
     ASSERT_TRUE(cluster_->group().Failure().ok())
         << cluster_->group().Failure().message();
     for (int rank = 0; rank < cluster_->ranks(); ++rank) {
       CheckCombine(c, operands, rank, y[rank], slot_scalars[rank]);
     }
+    RunReplay(c, buffers);
+  }
+
+  // The whole call, or its halves with those of a second one between them.
+  template <typename Launch>
+  void InPhases(const Case& c, Launch launch) {
+    std::vector<Phase> phases = {Phase::kWhole};
+    if (c.halves) {
+      phases = {Phase::kStart, Phase::kStart, Phase::kDone, Phase::kDone};
+    }
+    for (size_t i = 0; i < phases.size(); ++i) {
+      cluster_->ForEach([&](int rank) {
+        Peers peers = cluster_->peers(rank, 20, phases[i]);
+        peers.pending = pending_[rank][i % 2].as<uint32_t>();
+        return launch(rank, peers);
+      });
+    }
+    cluster_->Synchronize();
+  }
+
+  // x once more along the plan: to the places that dispatch gave its rows.
+  void RunReplay(const Case& c, const std::vector<RankBuffers>& buffers) {
+    World world = c.world;
+    world.layout.zero_tail = true;
+    const MoeShape shape = ShapeOf(world.layout, c.type, false);
+    std::vector<DeviceBuffer> rows;
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      rows.emplace_back(cluster_->device(rank), buffers[rank].tokens.bytes());
+    }
+    cluster_->ForEach([&](int rank) {
+      const RankBuffers& b = buffers[rank];
+      return LaunchReplay(
+          cluster_->peers(rank), shape, cluster_->blocks_max(rank),
+          {b.x.as<char>(), b.ids.as<int32_t>(), b.recv_count.as<int32_t>(),
+           b.slot_row.as<int32_t>(), rows[rank].as<char>()},
+          cluster_->stream(rank));
+    });
+    cluster_->Synchronize();
+    ASSERT_TRUE(cluster_->group().Failure().ok())
+        << cluster_->group().Failure().message();
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      const Bytes want = moe::Dispatch(world, rank).tokens;
+      Bytes got = rows[rank].Read<std::byte>();
+      got.resize(want.size());
+      ASSERT_TRUE(got == want) << "replay on rank " << rank;
+    }
   }
 
   std::unique_ptr<Cluster> cluster_;
+  std::vector<std::vector<DeviceBuffer>> pending_;  // two of each rank
 };
 
 TEST_P(MoeTest, EqualsTheOracle) {
@@ -311,8 +364,9 @@ TEST_P(MoeTest, EqualsTheOracle) {
     const Case c = RandomCase(random, /*large=*/seed % 10 == 0);
     SCOPED_TRACE(::testing::Message()
                  << "seed " << seed << " type " << static_cast<int>(c.type)
-                 << " roles " << c.roles << " weighted " << c.weighted
-                 << " scalars " << c.with_scalars << " "
+                 << " roles " << c.roles << " together " << c.together
+                 << " weighted " << c.weighted << " scalars " << c.with_scalars
+                 << " halves " << c.halves << " "
                  << ::testing::PrintToString(c.world.layout));
     Run(c, random);
   }
@@ -335,7 +389,7 @@ TEST_P(MoeErrorTest, AnExpertThatIsNotThereIsAnError) {
   const MoeShape shape = ShapeOf(layout, RowType::kF32, false);
   cluster_->ForEach([&](int rank) {
     return LaunchDispatch(
-        cluster_->peers(rank), shape, GridFor(*cluster_, rank, false),
+        cluster_->peers(rank), shape, GridFor(*cluster_, rank, Case{}),
         buffers[rank].Dispatch(layout), cluster_->group().Workspace(rank),
         cluster_->stream(rank));
   });
@@ -347,6 +401,8 @@ TEST_P(MoeErrorTest, AnExpertThatIsNotThereIsAnError) {
 
 TEST_P(MoeErrorTest, ARankThatDoesNotComeIsNamed) {
   for (const bool roles : {false, true}) {
+    Case c = {};
+    c.roles = c.together = roles;
     cluster_ = std::make_unique<Cluster>(2, 2, 1 << 16, kMailboxBytes);
     Random random = moe::Seeded(2);
     const Layout layout = RandomLayout(random, 2, RowType::kF32, false);
@@ -355,7 +411,7 @@ TEST_P(MoeErrorTest, ARankThatDoesNotComeIsNamed) {
     const ScopedDevice current(0);
     JF_CUDA_OK(LaunchDispatch(
         cluster_->peers(0, 0.2), ShapeOf(layout, RowType::kF32, false),
-        GridFor(*cluster_, 0, roles), buffers.Dispatch(layout),
+        GridFor(*cluster_, 0, c), buffers.Dispatch(layout),
         cluster_->group().Workspace(0), cluster_->stream(0)));
     JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
     const Status failure = cluster_->group().Failure();
@@ -363,6 +419,34 @@ TEST_P(MoeErrorTest, ARankThatDoesNotComeIsNamed) {
     EXPECT_THAT(failure.message(), HasSubstr("dispatch on rank 0"));
     EXPECT_THAT(failure.message(), HasSubstr("rank 1"));
   }
+}
+
+TEST_P(MoeErrorTest, AHalfThatIsNotUnderWayIsAnError) {
+  Random random = moe::Seeded(3);
+  Layout layout = RandomLayout(random, 2, RowType::kF32, false);
+  const World world = moe::RandomWorld(random, layout);
+  std::vector<RankBuffers> buffers;
+  for (int rank = 0; rank < 2; ++rank) {
+    buffers.emplace_back(cluster_->device(rank), world, rank);
+  }
+  const MoeShape shape = ShapeOf(layout, RowType::kF32, false);
+  // The first of three has lost its place to the third.
+  const Phase phases[] = {Phase::kStart, Phase::kDone, Phase::kStart,
+                          Phase::kStart, Phase::kDone};
+  for (size_t i = 0; i < 5; ++i) {
+    cluster_->ForEach([&](int rank) {
+      Peers peers = cluster_->peers(rank, 5, phases[i]);
+      peers.pending = pending_[rank][i == 2 || i == 3].as<uint32_t>();
+      return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, Case{}),
+                            buffers[rank].Dispatch(layout),
+                            cluster_->group().Workspace(rank),
+                            cluster_->stream(rank));
+    });
+    cluster_->Synchronize();
+    ASSERT_EQ(cluster_->group().Failure().ok(), i < 4) << i;
+  }
+  EXPECT_THAT(cluster_->group().Failure().message(),
+              HasSubstr("not under way"));
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, MoeErrorTest, ::testing::Values(2));

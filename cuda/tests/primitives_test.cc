@@ -76,16 +76,11 @@ TEST_F(PrimitivesTest, PutsOfAnySizeArriveWhole) {
                               kWindowBytes));
         JF_CUDA_OK(cudaDeviceSynchronize());
       }
-      const PutArguments put = {source.as<char>(),
-                                bytes,                 //
-                                target.as<int32_t>(),  //
-                                at.as<int32_t>(),
-                                1,  //
-                                kWindowsBegin,
-                                kWindowBytes,  //
-                                kCounter};
-      const WaitArguments wait = {out.as<char>(), kWindowsBegin, kWindowBytes,
-                                  kCounter, 1};
+      const WindowPlace window = {kWindowsBegin, kWindowBytes, kCounter};
+      const PutArguments put = {
+          source.as<char>(), bytes, 1,     target.as<int32_t>(),
+          at.as<int32_t>(),  1,     window};
+      const WaitArguments wait = {out.as<char>(), window, 1};
       cluster_->ForEach([&](int rank) {
         const Peers peers = cluster_->peers(rank);
         return rank == 0 ? LaunchPut(peers, put, 64, cluster_->stream(0))
@@ -106,15 +101,148 @@ TEST_F(PrimitivesTest, APutOutsideOfTheWindowIsAnError) {
   DeviceBuffer source(0, 64);
   DeviceBuffer target = Upload<int32_t>(0, {1});
   DeviceBuffer at = Upload<int32_t>(0, {static_cast<int32_t>(kWindowBytes)});
-  const PutArguments put = {source.as<char>(), 64, target.as<int32_t>(),
-                            at.as<int32_t>(),  1,  kWindowsBegin,
-                            kWindowBytes,      0};
+  const PutArguments put = {source.as<char>(),
+                            64,
+                            1,
+                            target.as<int32_t>(),
+                            at.as<int32_t>(),
+                            1,
+                            {kWindowsBegin, kWindowBytes, 0}};
   const ScopedDevice current(0);
   JF_CUDA_OK(LaunchPut(cluster_->peers(0), put, 64, cluster_->stream(0)));
   JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
   const Status failure = cluster_->group().Failure();
   EXPECT_EQ(failure.code(), StatusCode::kOutOfRange);
   EXPECT_THAT(failure.message(), HasSubstr("put on rank 0: rank 1"));
+}
+
+// Pages of 5000 bytes: two pieces of a warp, the second shorter.
+struct Pages {
+  static constexpr int kCount = 12, kBytes = 5000;
+  std::vector<uint8_t> data;
+  DeviceBuffer pages, target;
+
+  explicit Pages(int to)
+      : data(kCount * kBytes),
+        pages(0, data.size()),
+        target(Upload<int32_t>(0, {to})) {
+    std::iota(data.begin(), data.end(), static_cast<uint8_t>(3));
+    pages.Fill(data.data(), data.size());
+  }
+  PutPagesArguments Put(Group& group, const DeviceBuffer& from,
+                        const DeviceBuffer& to, int entries) const {
+    return {pages.as<char>(),
+            kBytes,
+            kCount,
+            static_cast<int32_t>(kWindowBytes / kBytes),
+            from.as<int32_t>(),
+            to.as<int32_t>(),
+            entries,
+            target.as<int32_t>(),
+            group.PageStamps(0),
+            {kWindowsBegin, kWindowBytes, 9}};
+  }
+};
+
+TEST_F(PrimitivesTest, PagesLandWhereTheIndicesSayAndCountOnce) {
+  const Pages source(1);
+  const std::vector<int32_t> from = {3, -1, 11, 0, 3}, to = {7, 2, 0, -1, 9};
+  const DeviceBuffer from_device = Upload(0, from), to_device = Upload(0, to);
+  const DeviceBuffer out(1, kWindowBytes);
+  for (int turn = 0; turn < 3; ++turn) {  // the same pages again are fine
+    cluster_->ForEach([&](int rank) {
+      const Peers peers = cluster_->peers(rank);
+      if (rank == 0) {
+        return LaunchPutPages(
+            peers, source.Put(cluster_->group(), from_device, to_device, 5), 8,
+            cluster_->stream(0));
+      }
+      return LaunchWait(peers,
+                        {out.as<char>(), {kWindowsBegin, kWindowBytes, 9}, 1},
+                        8, cluster_->stream(1));
+    });
+    cluster_->Synchronize();
+    ASSERT_TRUE(cluster_->group().Failure().ok())
+        << cluster_->group().Failure().message();
+    std::vector<uint8_t> want(kWindowBytes, 0);
+    for (size_t i = 0; i < from.size(); ++i) {
+      if (from[i] < 0 || to[i] < 0) continue;
+      std::copy_n(source.data.begin() + from[i] * Pages::kBytes, Pages::kBytes,
+                  want.begin() + to[i] * Pages::kBytes);
+    }
+    ASSERT_TRUE(out.Read<uint8_t>() == want);
+  }
+}
+
+TEST_F(PrimitivesTest, APageThatIsNotThereOrTwiceIsAnError) {
+  struct Bad {
+    std::vector<int32_t> from, to;
+    const char* text;
+  };
+  const Bad bads[] = {
+      {{0, 12}, {1, 2}, "entry 1 for rank 1 names a page"},
+      {{0, 1}, {1, kWindowBytes / Pages::kBytes}, "entry 1 for rank 1"},
+      {{0, 1, 2}, {4, 5, 4}, "is in dst_idx twice"},
+  };
+  for (const Bad& bad : bads) {
+    cluster_ = std::make_unique<Cluster>(2, 2, kWindowBytes, 1 << 16);
+    const Pages source(1);
+    const DeviceBuffer from = Upload(0, bad.from), to = Upload(0, bad.to);
+    const ScopedDevice current(0);
+    JF_CUDA_OK(LaunchPutPages(cluster_->peers(0),
+                              source.Put(cluster_->group(), from, to,
+                                         static_cast<int>(bad.from.size())),
+                              8, cluster_->stream(0)));
+    JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
+    EXPECT_THAT(cluster_->group().Failure().message(), HasSubstr(bad.text));
+  }
+}
+
+TEST_F(PrimitivesTest, AScatterGivesEachRankItsSlice) {
+  constexpr int kSlice = 70000;  // more than one block for each
+  const WindowPlace window = {kWindowsBegin, kWindowBytes, 3};
+  std::vector<DeviceBuffer> x, offsets, out;
+  std::vector<std::vector<uint8_t>> sent;
+  for (int rank = 0; rank < 2; ++rank) {
+    sent.emplace_back(2 * kSlice);
+    std::iota(sent[rank].begin(), sent[rank].end(),
+              static_cast<uint8_t>(7 * rank));
+    x.push_back(Upload(rank, sent[rank]));
+    offsets.push_back(Upload<int32_t>(rank, {rank * kSlice, rank * kSlice}));
+    out.emplace_back(rank, kWindowBytes);
+  }
+  cluster_->ForEach([&](int rank) {
+    const Peers peers = cluster_->peers(rank);
+    const PutArguments put = {
+        x[rank].as<char>(),          kSlice, 2,     nullptr,
+        offsets[rank].as<int32_t>(), 1,      window};
+    const cudaError_t error = LaunchPut(peers, put, 32, cluster_->stream(rank));
+    if (error != cudaSuccess) return error;
+    return LaunchWait(peers, {out[rank].as<char>(), window, 2}, 32,
+                      cluster_->stream(rank));
+  });
+  cluster_->Synchronize();
+  ASSERT_TRUE(cluster_->group().Failure().ok())
+      << cluster_->group().Failure().message();
+  for (int rank = 0; rank < 2; ++rank) {
+    std::vector<uint8_t> want(kWindowBytes, 0);
+    for (int source = 0; source < 2; ++source) {
+      std::copy_n(sent[source].begin() + rank * kSlice, kSlice,
+                  want.begin() + source * kSlice);
+    }
+    EXPECT_TRUE(out[rank].Read<uint8_t>() == want) << "rank " << rank;
+  }
+}
+
+TEST_F(PrimitivesTest, AWaitThatIsInVainSaysHowManyCame) {
+  const DeviceBuffer out(0, kWindowBytes);
+  const ScopedDevice current(0);
+  JF_CUDA_OK(LaunchWait(cluster_->peers(0, 0.1),
+                        {out.as<char>(), {kWindowsBegin, kWindowBytes, 5}, 3},
+                        8, cluster_->stream(0)));
+  JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
+  EXPECT_THAT(cluster_->group().Failure().message(),
+              HasSubstr("3 transfers into the window, of which 0 have come"));
 }
 
 TEST_F(PrimitivesTest, ManyBarriersReplayedFromAGraph) {
