@@ -340,7 +340,7 @@ def test_ib_write_bw_prints_mebibytes_per_second(
     assert subject.seconds_per_write(printed, 1 << 16) == seconds
     command = " ".join(subject.command(1 << 16, 100, 4, 7))
     assert "-d rxe0 " in command
-    assert command.endswith("-p 7 -s 65536 -n 100 -t 4")
+    assert command.endswith("-p 7 -u 16 -s 65536 -n 100 -t 4")
 
 
 # --- All of it ---------------------------------------------------------------

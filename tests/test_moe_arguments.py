@@ -80,7 +80,8 @@ BAD_DISPATCH = [
     ({"timeout_s": float("nan")}, ValueError, "timeout_s must be .* got nan"),
     ({"name": ""}, TypeError, "name must be a non-empty str, got ''"),
     ({"active": np.ones(2, bool)}, NotImplementedError, "active= comes with"),
-    ({"wire_dtype": jnp.float8_e4m3fn}, NotImplementedError, "wire_dtype= comes with"),
+    ({"wire_dtype": jnp.bfloat16}, ValueError, "wire_dtype=bfloat16 is not supported"),
+    ({"dequantize": False}, ValueError, "add wire_dtype=jnp.float8_e4m3fn"),
 ]
 
 

@@ -83,6 +83,34 @@ def test_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_accelerator")
+def test_e4m3_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated)
+    rng = np.random.default_rng(1)
+
+    def both(x: Any, ids: Any, weights: Any) -> Any:
+        found = [
+            moe.dispatch(
+                *(x, ids, weights),
+                axis_name="expert",
+                num_experts=E,
+                implementation=implementation,
+                wire_dtype=jnp.float8_e4m3fn,
+                dequantize=False,
+            )
+            for implementation in ("ragged", "reference")
+        ]
+        return [(d.tokens, d.scales) for d in found]
+
+    x, weights = data(rng, N, T, 130, K)
+    ids = moe_oracle.routing("skips", rng, N, T, K, E)
+    got, want = on_ranks(make_mesh(N), both)(x, ids, weights)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert a.tobytes() == b.tobytes()
+        assert a.any()
+
+
+@pytest.mark.usefixtures("on_accelerator")
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for_accelerators(platform: str) -> None:
     mesh = make_mesh(N)

@@ -85,17 +85,21 @@ class ToolPair(abc.ABC):
 
     def _measure_case(self, case: Case, seconds: float) -> Measurement:
         trial = max(_WRITES_MIN, min(_TRIAL_WRITES, _TRIAL_BYTES // case.size))
-        trial_s = self._run(case.size, trial, 1)
+        trial_s = self.run(case.size, trial, 1)
         most = seconds * min(_WRITES_PER_SECOND, _BYTES_PER_SECOND / case.size)
         alone = max(int(min(most / 4, seconds / trial_s)), _WRITES_MIN)
         # In flight they take less time than alone.
         count = max(int(min(most, 2 * seconds / trial_s)), case.window + 1, _WRITES_MIN)
-        in_flight_s = self._run(case.size, count, case.window)
-        alone_s = self._run(case.size, alone, 1)
+        in_flight_s = self.run(case.size, count, case.window)
+        alone_s = self.run(case.size, alone, 1)
         return Measurement([], count, in_flight_s * count, mean_s=alone_s)
 
-    def _run(self, size: int, count: int, window: int) -> float:
-        """Seconds per write."""
+    def run(self, size: int, count: int, window: int) -> float:
+        """Seconds per write, of `count` writes of which `window` are in flight.
+
+        Raises:
+          CaseFailed: the tool fails, hangs or prints no figures.
+        """
         port = unused_port()
         # `timeout` ends it even if this process cannot.
         command = ["timeout", "--signal=KILL", f"{CASE_TIMEOUT_S + 10:g}", self.tool]

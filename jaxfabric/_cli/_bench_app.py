@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -40,8 +43,10 @@ A software NIC or the loopback interface proves nothing about hardware speed.
 """
 
 
-def _listed(text: str, allowed: tuple[str, ...], option: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
+def _listed(
+    text: str, allowed: tuple[str, ...], option: str, separator: str = ","
+) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(separator) if part.strip())
     for part in found:
         if part not in allowed:
             raise typer.BadParameter(
@@ -148,9 +153,133 @@ def put(
     if json_file is not None:
         report.write_json(result, json_file)
     if plot_file is not None:
-        try:
-            report.plot(result, plot_file)
-        except ImportError:
-            raise typer.BadParameter(
-                "needs matplotlib: pip install matplotlib", param_hint="--plot"
-            ) from None
+        _plotted(lambda: report.plot(result, plot_file))
+
+
+_MOE_HELP = """Dispatch and combine inside jit: microseconds, p50 and p99, and floors.
+
+Starts one process for each GPU, or four on CPU, and times chains of dispatch,
+combine, and both, with bfloat16 and e4m3 on the wire, uniform and skewed routing.
+Beside them stand lax.all_to_all, lax.ragged_all_to_all where the platform has it, and
+the floor: memcpy on CPU, copies from GPU to GPU else. Every figure is of the slowest
+rank in each iteration. Results are checked before they are timed.
+
+\b
+  jaxfabric bench moe
+  jaxfabric bench moe --tokens 128,4096 --routing uniform --json moe.json --plot moe.png
+  jaxfabric bench moe -n 1 --devices-per-process 4 --platform cpu --quick
+"""
+
+_Tokens = Annotated[
+    str | None,
+    typer.Option(help="Of each rank, comma-separated; as the platform can by default."),
+]
+_MoeSubjects = Annotated[
+    str | None,
+    typer.Option(
+        help="Semicolon-separated, as in 'dispatch;pair, e4m3'; all by default."
+    ),
+]
+_Routing = Annotated[str, typer.Option(help="Comma-separated.")]
+_Platform = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda; by default cuda where there are NVIDIA GPUs."),
+]
+_Processes = Annotated[
+    int | None,
+    typer.Option("-n", "--processes", min=1, help="One for each GPU by default, or 4."),
+]
+_Devices = Annotated[int, typer.Option(min=1, help="JAX devices of each process.")]
+_Positive = Annotated[int, typer.Option(min=1)]
+_Chain = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calls in the chain that one iteration is."),
+]
+_Skew = Annotated[
+    float, typer.Option(min=0.0, help="Exponent of Zipf's law, for skewed routing.")
+]
+_MoeSeconds = Annotated[float, typer.Option(min=0.01, help="For each figure.")]
+_Iterations = Annotated[int, typer.Option(min=5, help="For each figure, at most.")]
+_MoeTransport = Annotated[str | None, typer.Option(help="Of jf.Fabric.")]
+_MoeQuick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: a trial.")]
+
+
+@app.command(help=_MOE_HELP)
+def moe(
+    tokens: _Tokens = None,
+    routing: _Routing = "uniform,skewed",
+    subjects: _MoeSubjects = None,
+    hidden: _Positive = 7168,
+    experts: _Positive = 256,
+    top_k: _Positive = 8,
+    skew: _Skew = 1.0,
+    seconds: _MoeSeconds = 2.0,
+    iterations: _Iterations = 200,
+    decode_chain: _Chain = None,
+    prefill_chain: _Chain = None,
+    platform: _Platform = None,
+    processes: _Processes = None,
+    devices_per_process: _Devices = 1,
+    transport: _MoeTransport = None,
+    json_file: _JsonFile = None,
+    plot_file: _PlotFile = None,
+    quick: _MoeQuick = False,
+) -> None:
+    from jaxfabric._bench import moe as moe_benchmark
+    from jaxfabric._bench import moe_case, moe_report
+
+    gpus = moe_benchmark.gpu_count()
+    platform = platform or ("cuda" if gpus else "cpu")
+    on_cpu = platform == "cpu"
+    count = processes or (4 if on_cpu else max(1, gpus // devices_per_process))
+    names = moe_benchmark.SUBJECTS
+    settings = moe_benchmark.Settings(
+        tokens=_numbers(tokens) or moe_benchmark.default_tokens(on_cpu),
+        routings=_listed(routing, moe_case.ROUTINGS, "--routing"),
+        subjects=_listed(subjects or ";".join(names), names, "--subjects", ";"),
+        hidden=hidden,
+        experts=experts,
+        top_k=top_k,
+        skew=skew,
+        seconds=seconds,
+        iterations=iterations,
+        decode_length=decode_chain or (20 if on_cpu else 50),
+        prefill_length=prefill_chain or (4 if on_cpu else 20),
+        transport=transport,
+    )
+    if quick:
+        settings = settings.quick()
+    try:
+        settings.check(count * devices_per_process)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    os.environ["JAX_PLATFORMS"] = platform  # of the processes that it starts
+    code, result = moe_benchmark.run(
+        settings, processes=count, devices_per_process=devices_per_process
+    )
+    if result is None:
+        raise typer.Exit(code or 1)
+    moe_report.show(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot_file is not None:
+        _plotted(lambda: moe_report.plot(result, plot_file))
+    raise typer.Exit(code)
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(
+            f"{text!r} is no list of numbers of tokens", param_hint="--tokens"
+        )
+    return tuple(sorted(map(int, parts)))
+
+
+def _plotted(draw: Callable[[], None]) -> None:
+    try:
+        draw()
+    except ImportError:
+        raise typer.BadParameter(
+            "needs matplotlib: pip install matplotlib", param_hint="--plot"
+        ) from None

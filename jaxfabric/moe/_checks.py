@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxfabric.moe import _wire
+
 ROW_DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("fabric", "reference", "ragged")
 
@@ -85,6 +87,24 @@ def choice(op: str, implementation: str | None) -> None:
             f"{op}: implementation={implementation!r} is unknown; use None or one of "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}"
         )
+
+
+def wire(op: str, wire_dtype: Any, dequantize: bool) -> str | None:
+    """The name of the wire's dtype, ``None`` for the rows' own."""
+    if wire_dtype is None:
+        if not dequantize:
+            raise ValueError(
+                f"{op}: dequantize=False keeps rows as they came over the wire, but "
+                "they come as they are; add wire_dtype=jnp.float8_e4m3fn"
+            )
+        return None
+    dtype = jnp.dtype(wire_dtype)
+    if dtype != _wire.DTYPE:
+        raise ValueError(
+            f"{op}: wire_dtype={dtype.name} is not supported; use "
+            "jnp.float8_e4m3fn, or None to send rows as they are"
+        )
+    return dtype.name
 
 
 def call(op: str, name: Any, key: Any, timeout_s: float | None) -> None:

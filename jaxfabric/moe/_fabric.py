@@ -7,6 +7,7 @@ vary alike.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfabric import _current
+from jaxfabric import _cuda, _current
 from jaxfabric._primitives import _call
+from jaxfabric.moe import _wire
 from jaxfabric.moe._plan import Config, DispatchStats, RouteOut
 
 _Array = jax.Array
@@ -28,6 +30,8 @@ def route(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     """Sends rows with their routes; see jaxfabric.moe._plan for the contract."""
+    if _packs(c):
+        return _unpacked(c, route(_packed(c), _wire.pack(x), ids, weights, token), x)
     outs = _call.bind(
         route_p, _call_of(c, "dispatch"), x, ids, weights, token, config=c
     )
@@ -38,6 +42,9 @@ def route_start(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[_Array, ...]:
     """First half: everything is on its way when its results are there."""
+    if _packs(c):
+        posted = route_start(_packed(c), _wire.pack(x), ids, weights, token)
+        return *posted, x[:0]  # its dtype
     pending, token = _call.bind(
         route_start_p, _call_of(c, "dispatch_start"), x, ids, weights, token, config=c
     )
@@ -46,6 +53,8 @@ def route_start(
 
 def route_done(c: Config, posted: tuple[_Array, ...]) -> RouteOut:
     """Second half: waits for what the others sent, and unpacks it."""
+    if _packs(c):
+        return _unpacked(c, route_done(_packed(c), posted[:-1]), posted[-1])
     outs = _call.bind(route_done_p, _call_of(c, "dispatch_done"), *posted, config=c)
     return _route_out(c, outs)
 
@@ -130,6 +139,27 @@ def _call_of(c: Config, op: str) -> _call.Call:
     return _call.Call(op, fabric.key, c.axis_name, axes, c.timeout_s or 0.0, c.key)
 
 
+def _packs(c: Config) -> bool:
+    """Whether the program quantises: GPUs' kernels move rows of any bytes."""
+    if c.wire_dtype is None:
+        return False
+    fabric = _current.by_key("dispatch", c.axis_name, c.fabric_key)
+    return bool(fabric.transport == _cuda.TRANSPORT)
+
+
+def _packed(c: Config) -> Config:
+    """The call that moves packed rows."""
+    hidden = _wire.packed_bytes(c.hidden)
+    return dataclasses.replace(c, wire_dtype=None, dequantize=True, hidden=hidden)
+
+
+def _unpacked(c: Config, out: RouteOut, like: _Array) -> RouteOut:
+    payload, scales = _wire.unpack(out.tokens, c.hidden)
+    if c.dequantize:
+        return out._replace(tokens=_wire.dequantize(payload, scales, like.dtype))
+    return out._replace(tokens=_wire.as_e4m3(payload), scales=scales)
+
+
 def _route_out(c: Config, outs: Sequence[_Array]) -> RouteOut:
     (
         tokens,
@@ -141,6 +171,7 @@ def _route_out(c: Config, outs: Sequence[_Array]) -> RouteOut:
         sent,
         dropped,
         token,
+        *scales,
     ) = outs
     stats = DispatchStats(
         sent=sent,
@@ -150,6 +181,7 @@ def _route_out(c: Config, outs: Sequence[_Array]) -> RouteOut:
     )
     return RouteOut(
         tokens=tokens,
+        scales=scales[0] if scales and not c.dequantize else None,
         group_sizes=group_sizes,
         weights=weights,
         row_index=None if c.expand else row_index,
@@ -202,12 +234,14 @@ def _reduce_out(
 
 def _route_types(x: Any, c: Config) -> list[Any]:
     unique = c.unique_rows
+    rows = c.rows if c.expand else unique
+    kept = not c.dequantize
 
     def of(shape: Sequence[int], dtype: Any) -> Any:
         return _call.retyped(x, shape, dtype)
 
-    return [
-        of((c.rows if c.expand else unique, c.hidden), x.dtype),
+    types = [
+        of((rows, c.hidden), _wire.DTYPE if kept else x.dtype),
         of((c.local_experts,), jnp.int32),
         of((c.rows,), jnp.float32),
         of((0 if c.expand else c.rows,), jnp.int32),
@@ -217,6 +251,10 @@ def _route_types(x: Any, c: Config) -> list[Any]:
         of((), jnp.int32),
         of(_call.TOKEN_SHAPE, jnp.float32),
     ]
+    if c.wire_dtype is not None:
+        scales = (rows, _wire.blocks(c.hidden)) if kept else (0, 0)
+        types.append(of(scales, jnp.float32))
+    return types
 
 
 def _start_types(rows: Any) -> list[Any]:
@@ -251,12 +289,18 @@ def _attributes(config: Config) -> dict[str, Any]:
         "expert_alignment": np.int64(c.expert_alignment),
         "expand": np.bool_(c.expand),
         "zero_tail": np.bool_(c.zero_tail),
+        "e4m3": np.bool_(c.wire_dtype is not None),
     }
+
+
+def _reduce_attributes(config: Config) -> dict[str, Any]:
+    # Rows that go back travel as they are.
+    return {**_attributes(config), "e4m3": np.bool_(False)}
 
 
 def _replay_attributes(config: Config) -> dict[str, Any]:
     # Cotangents must be zero where nothing was sent.
-    return {**_attributes(config), "zero_tail": np.bool_(True)}
+    return {**_reduce_attributes(config), "zero_tail": np.bool_(True)}
 
 
 route_p = _call.define(
@@ -289,7 +333,7 @@ reduce_p = _call.define(
     lambda rows, row_weights, scalars, ids, recv_count, slot_row, token, call, config: (
         _reduce_types(rows, scalars, config)
     ),
-    _attributes,
+    _reduce_attributes,
 )
 reduce_start_p = _call.define(
     "jaxfabric_reduce_start",
@@ -297,7 +341,7 @@ reduce_start_p = _call.define(
     lambda rows, row_weights, scalars, ids, recv_count, slot_row, token, call, config: (
         _start_types(rows)
     ),
-    _attributes,
+    _reduce_attributes,
 )
 reduce_done_p = _call.define(
     "jaxfabric_reduce_done",
@@ -305,7 +349,7 @@ reduce_done_p = _call.define(
     lambda pending, rows, row_weights, scalars, ids, recv_count, slot_row, token, call, config: (  # noqa: E501
         _reduce_types(rows, scalars, config)
     ),
-    _attributes,
+    _reduce_attributes,
 )
 for _primitive in (
     route_p,

@@ -1,7 +1,9 @@
 """Dispatch and combine in two halves, so that a program computes in between.
 
-``start`` posts, ``done`` waits; any number may be in flight, and they may finish in
-any order. The pure JAX implementations do everything in ``start``.
+``start`` posts, ``done`` waits. On CPU any number may be in flight; on GPUs two,
+dispatches and combines together: a third ``start`` waits for the first one's ``done``,
+and times out if the program has that later. They may finish in any order. The pure JAX
+implementations do everything in ``start``.
 
 Gradients equal those of the whole form. The operands ride along in the pending value
 and ``done`` owns the whole rule, so a backward pass is not split into halves.
@@ -97,6 +99,7 @@ def dispatch_start(
     expand: bool = True,
     zero_tail: bool = True,
     wire_dtype: Any = None,
+    dequantize: bool = True,
     implementation: str | None = None,
     active: _Array | None = None,
     token: _Array | None = None,
@@ -126,6 +129,7 @@ def dispatch_start(
         expand=expand,
         zero_tail=zero_tail,
         wire_dtype=wire_dtype,
+        dequantize=dequantize,
         implementation=implementation,
         active=active,
         token=token,

@@ -21,6 +21,22 @@ The rules:
   accumulation dtype, and rounded to the rows' dtype, as that is what travels. The
   token's rank sums what came back in ascending rank order in the accumulation dtype
   and rounds once more. A token without rows gives zeros.
+* **e4m3 on the wire.** With ``wire_dtype=float8_e4m3fn`` a row travels in blocks of
+  128 elements along D, the last one shorter if it must be, each with a float32 scale:
+
+  - ``amax`` is the block's largest magnitude, or 2^-100 if that is larger; so a block
+    of zeros has a scale like any other, and magnitudes below 2^-119 become zero.
+  - ``scale = amax * float32(1/448)``; 448 is the largest number of e4m3.
+  - ``payload = e4m3(x * (448 / amax))``: quotient and product are rounded to float32,
+    the payload to nearest even. It keeps the sign of zero, and never overflows.
+  - A block with an infinity or a NaN is lost: its payload is 0x7f, its scale NaN.
+  - The receiver rounds ``float32(payload) * scale`` to the dtype of ``x``
+    (``dequantize=True``), or keeps both (``False``); both are zero in padding and
+    zeroed tail. A float32 block whose amax is next to the largest float32 may come
+    back infinite there.
+
+  Routing weights, combine and all cotangents travel as they are. Gradients of
+  dispatch are those of the call without ``wire_dtype`` (straight through).
 
 Details that are easy to get wrong, decided once for all implementations:
 
@@ -51,6 +67,7 @@ import jax
 class Config:
     """What is static about a dispatch: hashable, equal on all ranks.
 
+    ``wire_dtype`` is ``None`` or "float8_e4m3fn", and matters to ``route`` alone.
     ``timeout_s`` is ``None`` to inherit the Fabric's. ``fabric_key`` is the stable
     key of the Fabric that runs the plan, ``None`` for the pure JAX implementations.
     """
@@ -65,6 +82,8 @@ class Config:
     expert_alignment: int = 1
     expand: bool = True
     zero_tail: bool = True
+    wire_dtype: str | None = None
+    dequantize: bool = True
     implementation: str = "reference"
     name: str = "jaxfabric_dispatch"
     key: Hashable = None
@@ -159,7 +178,8 @@ class Dispatched:
       weights: float32[R], the routing weight of each expert row, 0 in padding.
       row_index: ``None``, or with ``expand=False`` int32[R]: the index into
         ``tokens`` of each expert row, -1 in padding.
-      scales: ``None``; reserved for block-scaled wire types.
+      scales: ``None``, or with ``dequantize=False`` float32[R, ceil(D/128)] (of
+        ``tokens``'s rows): what each block of 128 elements is to be multiplied with.
       stats: counts of this call.
       plan: to be given to combine.
       token: float32[1], orders later calls after this one.
@@ -179,6 +199,7 @@ class RouteOut(NamedTuple):
     """What an implementation's ``route`` returns; the fields are Dispatched's."""
 
     tokens: jax.Array
+    scales: jax.Array | None
     group_sizes: jax.Array
     weights: jax.Array
     row_index: jax.Array | None

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfabric.moe import _layout
+from jaxfabric.moe import _layout, _wire
 from jaxfabric.moe._layout import Unique
 from jaxfabric.moe._plan import Config, DispatchStats, RouteOut
 
@@ -73,8 +73,13 @@ def route(
     """Dispatch: x[T, D], ids[T, K], weights[T, K] to this rank's expert rows."""
     all_ids, unique = _routes(c, ids)
     grouped = _layout.group_by_expert(c, all_ids, unique)
-    rows = exchange.send(c, x, all_ids, unique)
     row_index = _layout.unique_of_row(c, grouped.slot_row)
+
+    def send(x: _Array) -> _Array:
+        rows = exchange.send(c, x, all_ids, unique)
+        return _layout.take_rows(rows, row_index) if c.expand else rows
+
+    tokens, scales = _through_wire(c, x, send)
     all_weights = gather(c, weights).reshape(-1)
     stats = DispatchStats(
         sent=_layout.destinations(c, ids).sum(0, dtype=jnp.int32),
@@ -83,7 +88,8 @@ def route(
         dropped_at_receiver=grouped.dropped,
     )
     return RouteOut(
-        tokens=_layout.take_rows(rows, row_index) if c.expand else rows,
+        tokens=tokens,
+        scales=scales,
         group_sizes=grouped.group_sizes,
         weights=_layout.take_rows(all_weights, grouped.assignment),
         row_index=None if c.expand else row_index,
@@ -92,6 +98,18 @@ def route(
         stats=stats,
         token=token,
     )
+
+
+def _through_wire(
+    c: Config, x: _Array, send: Callable[[_Array], _Array]
+) -> tuple[_Array, _Array | None]:
+    """Rows as they arrive, and their scales if they are kept."""
+    if c.wire_dtype is None:
+        return send(x), None
+    payload, scales = map(send, _wire.quantize(x))
+    if c.dequantize:
+        return _wire.dequantize(payload, scales, x.dtype), None
+    return _wire.as_e4m3(payload), scales
 
 
 def replay(

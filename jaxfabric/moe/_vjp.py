@@ -84,7 +84,17 @@ def _named_route_fwd(
 def route_bwd(
     c: Config, routes: Routes, ct: RouteOut
 ) -> tuple[_Array, None, _Array, _Array]:
-    """Cotangents of x, ids, weights and token: one message for rows and weights."""
+    """Cotangents of x, ids, weights and token: one message for rows and weights.
+
+    They travel in the dtype of ``x``, whatever the rows travelled in.
+    """
+    if not c.dequantize:
+        raise NotImplementedError(
+            "jf.moe.dispatch(dequantize=False) has no gradient: cotangents of its "
+            "float8_e4m3fn tokens would be float8_e4m3fn too. Leave dequantize=True "
+            "where gradients are taken, or wrap x and weights in "
+            "jax.lax.stop_gradient"
+        )
     dx, dweights, token = reduce(
         c, jnp.float32, ct.tokens, None, ct.weights, routes, ct.token
     )

@@ -20,6 +20,7 @@ struct MoeAttributes : CallAttributes {
   int64_t expert_alignment;
   bool expand;
   bool zero_tail;
+  bool e4m3;  // rows travel scaled; dispatch only
 };
 
 // `rows` is any buffer of rows of this call, `ids` is int32[T, K].
@@ -43,6 +44,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::xla::ffi::StructMember<int64_t>("capacity"),
     ::xla::ffi::StructMember<int64_t>("expert_alignment"),
     ::xla::ffi::StructMember<bool>("expand"),
-    ::xla::ffi::StructMember<bool>("zero_tail"));
+    ::xla::ffi::StructMember<bool>("zero_tail"),
+    ::xla::ffi::StructMember<bool>("e4m3"));
 
 #endif  // JAXFABRIC_HANDLERS_MOE_LAYOUT_H_

@@ -1,6 +1,8 @@
 // Dispatch with routes: whole, and in two halves.
 
 #include <memory>
+#include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -9,9 +11,11 @@
 #include "handlers/handlers.h"
 #include "handlers/moe_layout.h"
 #include "handlers/pending.h"
+#include "moe/block_scaled.h"
 #include "moe/message.h"
 #include "moe/place.h"
 #include "moe/send_lists.h"
+#include "moe/sum_rows.h"
 #include "moe/unpack.h"
 
 namespace jaxfabric {
@@ -24,20 +28,49 @@ struct Route {
   moe::Layout layout;
   moe::SendLists lists;
   std::span<const float> weights;
-  const std::byte* x;
+  const std::byte* x;  // rows as they travel
+  // If layout.scaled:
+  moe::ScaledRows scaled;
+  std::unique_ptr<std::byte[]> scaled_x;
 };
 
 // The program's result buffers.
 struct RouteResults {
   std::byte* tokens;
+  size_t tokens_bytes;
+  std::byte* scales;  // null: tokens are not scaled
   moe::PlaceOutputs place;
   std::span<int32_t> sent;
   int32_t* dropped;
 };
 
+// From here on rows of x are scaled ones, those of `tokens` at least.
+Status Scale(const ffi::AnyBuffer& x, std::span<const int32_t> tokens,
+             Route& route) {
+  JF_ASSIGN_OR_RETURN(route.scaled.type, RowTypeOf(x));
+  if (route.scaled.type == moe::RowType::kF64) {
+    return Status(StatusCode::kInvalidArgument,
+                  "float64 rows do not travel as e4m3");
+  }
+  moe::Layout& layout = route.layout;
+  route.scaled.hidden = x.dimensions()[1];
+  layout.row_bytes = route.scaled.row_bytes();
+  layout.scaled = true;
+  JF_RETURN_IF_ERROR(moe::CheckLayout(layout));
+  route.scaled_x = std::make_unique_for_overwrite<std::byte[]>(
+      static_cast<size_t>(layout.tokens * layout.row_bytes));
+  const moe::ScopedFloatEnvironment environment;
+  moe::ScaleRows(route.scaled, tokens, layout.tokens, route.x,
+                 route.scaled_x.get());
+  route.x = route.scaled_x.get();
+  return OkStatus();
+}
+
+// `own_only`: no other rows than those for this rank itself are needed.
 StatusOr<std::shared_ptr<const Route>> PlanRoute(
     const Call& call, const MoeAttributes& attributes, const ffi::AnyBuffer& x,
-    const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights) {
+    const ffi::AnyBuffer& ids, const ffi::AnyBuffer& weights,
+    bool own_only = false) {
   auto route = std::make_shared<Route>();
   JF_ASSIGN_OR_RETURN(route->layout,
                       LayoutOf(attributes, call.group.ranks.size(), x, ids));
@@ -46,6 +79,12 @@ StatusOr<std::shared_ptr<const Route>> PlanRoute(
       moe::BuildSendLists(route->layout, SpanOf<const int32_t>(ids)));
   route->weights = SpanOf<const float>(weights);
   route->x = static_cast<const std::byte*>(x.untyped_data());
+  if (attributes.e4m3) {
+    const auto position = static_cast<int32_t>(call.group.position);
+    JF_RETURN_IF_ERROR(
+        Scale(x, own_only ? route->lists.Tokens(position) : route->lists.tokens,
+              *route));
+  }
   return std::shared_ptr<const Route>(std::move(route));
 }
 
@@ -66,9 +105,47 @@ void SendRoutes(const Call& call, const std::shared_ptr<const Route>& route) {
   }
 }
 
+// The types of the results tell whether rows are kept as they came.
+Status CheckScaledResults(const Route& route, const RouteResults& results) {
+  const moe::ScaledRows& rows = route.scaled;
+  const int64_t element =
+      results.scales != nullptr ? 1 : moe::ElementBytes(rows.type);
+  if (static_cast<int64_t>(results.tokens_bytes) ==
+      route.layout.output_rows() * rows.hidden * element) {
+    return OkStatus();
+  }
+  return Status(StatusCode::kInvalidArgument,
+                "the results do not fit rows that travel as e4m3");
+}
+
+// The rows of all sources into the program's results.
+void WriteRows(const Route& route, std::span<const moe::RouteView> views,
+               const moe::ReceivePlan& plan, const RouteResults& results) {
+  const moe::Layout& layout = route.layout;
+  const moe::UnscaledOutput unscaled = {results.tokens, results.scales};
+  AdviseHugePages(results.tokens, results.tokens_bytes);
+  const moe::ScopedFloatEnvironment environment;
+  for (int32_t source = 0; source < layout.num_ranks; ++source) {
+    const moe::RouteView& view = views[static_cast<size_t>(source)];
+    const moe::RowRange all = {0, view.row_count()};
+    if (layout.scaled) {
+      moe::UnpackScaledRows(layout, plan, source, route.scaled, view.rows, all,
+                            unscaled);
+    } else {
+      moe::UnpackRows(layout, plan, source, view.rows, all, results.tokens);
+    }
+  }
+  if (layout.scaled) {
+    moe::ZeroUnwrittenScaledRows(layout, plan, route.scaled, unscaled);
+  } else {
+    moe::ZeroUnwrittenRows(layout, plan, results.tokens);
+  }
+}
+
 Status Unpack(const Route& route, uint32_t position, RouteResults results,
               const std::vector<Arrival>& arrivals) {
   const moe::Layout& layout = route.layout;
+  if (layout.scaled) JF_RETURN_IF_ERROR(CheckScaledResults(route, results));
   std::vector<moe::RouteView> views;
   size_t next = 0;
   for (int32_t source = 0; source < layout.num_ranks; ++source) {
@@ -86,16 +163,9 @@ Status Unpack(const Route& route, uint32_t position, RouteResults results,
     }
     views.push_back(*std::move(view));
   }
-  AdviseHugePages(results.tokens,
-                  static_cast<size_t>(layout.output_rows() * layout.row_bytes));
   const moe::Placement placement = moe::Place(layout, views, results.place);
   *results.dropped = placement.dropped;
-  for (int32_t source = 0; source < layout.num_ranks; ++source) {
-    const moe::RouteView& view = views[static_cast<size_t>(source)];
-    moe::UnpackRows(layout, placement.plan, source, view.rows,
-                    {0, view.row_count()}, results.tokens);
-  }
-  moe::ZeroUnwrittenRows(layout, placement.plan, results.tokens);
+  WriteRows(route, views, placement.plan, results);
   return OkStatus();
 }
 
@@ -113,18 +183,24 @@ void ReceiveRoutes(Call call, std::shared_ptr<const Route> route,
 using Buffer = ffi::AnyBuffer;
 using Position = ffi::Buffer<ffi::S32>;
 using Result = ffi::Result<ffi::AnyBuffer>;
+using OptionalResult = std::optional<Result>;
 
 RouteResults ResultsOf(Result& tokens, Result& group_sizes, Result& row_weights,
                        Result& row_index, Result& recv_count, Result& slot_row,
-                       Result& sent, Result& dropped) {
-  return {.tokens = static_cast<std::byte*>(tokens->untyped_data()),
-          .place = {.group_sizes = SpanOf<int32_t>(*group_sizes),
-                    .slot_row = SpanOf<int32_t>(*slot_row),
-                    .recv_count = SpanOf<int32_t>(*recv_count),
-                    .weights = SpanOf<float>(*row_weights),
-                    .row_index = SpanOf<int32_t>(*row_index)},
-          .sent = SpanOf<int32_t>(*sent),
-          .dropped = static_cast<int32_t*>(dropped->untyped_data())};
+                       Result& sent, Result& dropped, OptionalResult& scales) {
+  return {
+      .tokens = static_cast<std::byte*>(tokens->untyped_data()),
+      .tokens_bytes = tokens->size_bytes(),
+      .scales = tokens->element_type() == ffi::F8E4M3FN && scales.has_value()
+                    ? static_cast<std::byte*>((*scales)->untyped_data())
+                    : nullptr,
+      .place = {.group_sizes = SpanOf<int32_t>(*group_sizes),
+                .slot_row = SpanOf<int32_t>(*slot_row),
+                .recv_count = SpanOf<int32_t>(*recv_count),
+                .weights = SpanOf<float>(*row_weights),
+                .row_index = SpanOf<int32_t>(*row_index)},
+      .sent = SpanOf<int32_t>(*sent),
+      .dropped = static_cast<int32_t*>(dropped->untyped_data())};
 }
 
 ffi::Future RouteWhole(int32_t device, ffi::RunId run_id,
@@ -132,7 +208,8 @@ ffi::Future RouteWhole(int32_t device, ffi::RunId run_id,
                        Buffer ids, Buffer weights, Buffer token, Result tokens,
                        Result group_sizes, Result row_weights, Result row_index,
                        Result recv_count, Result slot_row, Result sent,
-                       Result dropped, Result token_out) {
+                       Result dropped, Result token_out,
+                       OptionalResult scales) {
   return RunCall(
       {device, run_id, position}, attributes, [&](Call call) -> Status {
         PassToken(token, token_out);
@@ -141,7 +218,7 @@ ffi::Future RouteWhole(int32_t device, ffi::RunId run_id,
         SendRoutes(call, route);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,
-                                recv_count, slot_row, sent, dropped));
+                                recv_count, slot_row, sent, dropped, scales));
         return OkStatus();
       });
 }
@@ -168,18 +245,19 @@ ffi::Future RouteDone(int32_t device, ffi::RunId run_id,
                       Buffer token, Result tokens, Result group_sizes,
                       Result row_weights, Result row_index, Result recv_count,
                       Result slot_row, Result sent, Result dropped,
-                      Result token_out) {
+                      Result token_out, OptionalResult scales) {
   const Pending started = LoadPending(pending.untyped_data());
   return RunCall(
       {device, run_id, position}, attributes,
       [&](Call call) -> Status {
         PassToken(token, token_out);
         JF_ASSIGN_OR_RETURN(auto route,
-                            PlanRoute(call, attributes, x, ids, weights));
+                            PlanRoute(call, attributes, x, ids, weights,
+                                      /*own_only=*/true));
         call.AdoptKey(started.key);
         ReceiveRoutes(std::move(call), std::move(route),
                       ResultsOf(tokens, group_sizes, row_weights, row_index,
-                                recv_count, slot_row, sent, dropped));
+                                recv_count, slot_row, sent, dropped, scales));
         return OkStatus();
       },
       started.begun_ns);
@@ -196,7 +274,7 @@ auto BindOperands(Binding binding) {
 }
 
 // tokens, group_sizes, weights, row_index, recv_count, slot_row, sent, dropped,
-// token
+// token, and scales if rows travel scaled
 template <typename Binding>
 auto BindResults(Binding binding) {
   return std::move(binding)
@@ -208,7 +286,8 @@ auto BindResults(Binding binding) {
       .template Ret<Buffer>()
       .template Ret<Buffer>()
       .template Ret<Buffer>()
-      .template Ret<Buffer>();
+      .template Ret<Buffer>()
+      .template OptionalRet<Buffer>();
 }
 
 }  // namespace

@@ -21,15 +21,16 @@ namespace jaxfabric::moe {
 inline constexpr int32_t kDropless = -1;
 
 struct Layout {
-  int32_t num_ranks = 0;    // N
-  int32_t tokens = 0;       // T, per rank; 0 is allowed
-  int32_t k = 0;            // K, experts per token
-  int32_t num_experts = 0;  // E, in all; rank d owns [d*E/N, (d+1)*E/N)
-  int64_t row_bytes = 0;
+  int32_t num_ranks = 0;         // N
+  int32_t tokens = 0;            // T, per rank; 0 is allowed
+  int32_t k = 0;                 // K, experts per token
+  int32_t num_experts = 0;       // E, in all; rank d owns [d*E/N, (d+1)*E/N)
+  int64_t row_bytes = 0;         // as it travels
   int32_t capacity = kDropless;  // assignments that a rank keeps
   int32_t expert_alignment = 1;  // group sizes are multiples of it
   bool expand = true;            // output per expert row, else per unique row
   bool zero_tail = true;         // zero the output rows that nothing was put in
+  bool scaled = false;           // rows travel as in block_scaled.h
   // The caller's code of the rows' element type. Only compared between ranks.
   int32_t element_type = 0;
 

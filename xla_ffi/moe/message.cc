@@ -22,6 +22,7 @@ enum class Kind : uint16_t { kRoute = 1, kReplay = 2, kReduce = 3 };
 constexpr uint32_t kExpandFlag = 1;
 constexpr uint32_t kZeroTailFlag = 2;
 constexpr uint32_t kScalarsFlag = 4;
+constexpr uint32_t kScaledFlag = 8;
 
 // offset  field
 //  0  magic             8  num_ranks     24  capacity          40  row_bytes
@@ -86,7 +87,8 @@ Header MakeHeader(const Layout& layout, Kind kind) {
   header.capacity = layout.capacity;
   header.expert_alignment = layout.expert_alignment;
   header.flags = (layout.expand ? kExpandFlag : 0) |
-                 (layout.zero_tail ? kZeroTailFlag : 0);
+                 (layout.zero_tail ? kZeroTailFlag : 0) |
+                 (layout.scaled ? kScaledFlag : 0);
   header.element_type = layout.element_type;
   header.row_bytes = static_cast<uint32_t>(layout.row_bytes);
   header.rows_offset = RowsOffset(0);
@@ -176,6 +178,8 @@ Status CheckSameProgram(const Header& theirs, const Header& ours) {
       CheckFlag("zero_tail", kZeroTailFlag, theirs.flags, ours.flags));
   JF_RETURN_IF_ERROR(
       CheckFlag("scalars", kScalarsFlag, theirs.flags, ours.flags));
+  JF_RETURN_IF_ERROR(
+      CheckFlag("e4m3 rows", kScaledFlag, theirs.flags, ours.flags));
   JF_RETURN_IF_ERROR(CheckField("flags", theirs.flags, ours.flags));
   JF_RETURN_IF_ERROR(
       CheckField("element type", theirs.element_type, ours.element_type));

@@ -5,18 +5,13 @@
 #include <cstring>
 
 #include "base/check.h"
-
-#if defined(__FAST_MATH__)
-#error "the order and rounding of the additions are part of the contract"
-#endif
-
-// Inlined into one function per instruction set, and compiled for it there.
-// The loops below are plain; the compiler vectorises them.
-#define JF_KERNEL [[gnu::always_inline]] inline
+#include "moe/float_formats.h"
 
 namespace jaxfabric::moe {
 namespace {
 
+// The loops below are plain; the compiler vectorises them.
+//
 // A Word is what a loop takes from a row at a time: one element, or two of 16
 // bits, which are widened where they stand, without a shuffle.
 
@@ -44,12 +39,6 @@ struct F64 {
   }
 };
 
-// Without a branch, which would keep the compiler from vectorising.
-JF_KERNEL uint32_t Select(bool condition, uint32_t yes, uint32_t no) {
-  const uint32_t mask = -static_cast<uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
 // The upper half of a float32.
 struct Bf16 {
   using Word = uint32_t;
@@ -60,63 +49,21 @@ struct Bf16 {
     parts[1] = std::bit_cast<float>(word & 0xffff0000);
   }
   JF_KERNEL static Word Round(const Sum* parts) {
-    return RoundInUpperHalf(parts[0]) >> 16 |
-           (RoundInUpperHalf(parts[1]) & 0xffff0000);
-  }
-  JF_KERNEL static uint32_t RoundInUpperHalf(float sum) {
-    const uint32_t bits = std::bit_cast<uint32_t>(sum);
-    // Half of the last place, less one if the last place is even already.
-    const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    // Rounding could carry a NaN into infinity.
-    return Select(sum != sum, bits | 0x400000, rounded);
+    return RoundToUpperHalf(parts[0]) >> 16 |
+           (RoundToUpperHalf(parts[1]) & 0xffff0000);
   }
 };
 
-// IEEE binary16: 5 exponent bits, bias 15; 10 mantissa bits.
 struct F16 {
   using Word = uint32_t;
   using Sum = float;
   static constexpr int kParts = 2;
-  // Exponent biases differ by 127 - 15; mantissas by 13 bits.
-  static constexpr uint32_t kRebias = 112u << 23;
-  static constexpr uint32_t kSmallestNormal = 113u << 23;  // 2^-14
-  static constexpr uint32_t kInfinity = 0x7f800000;        // float32
-
   JF_KERNEL static void Widen(Word word, Sum* parts) {
     parts[0] = WidenHalf(word & 0xffff);
     parts[1] = WidenHalf(word >> 16);
   }
   JF_KERNEL static Word Round(const Sum* parts) {
     return RoundToHalf(parts[0]) | RoundToHalf(parts[1]) << 16;
-  }
-  JF_KERNEL static float WidenHalf(uint32_t half) {
-    const uint32_t sign = (half & 0x8000) << 16;
-    const uint32_t magnitude = (half & 0x7fff) << 13;
-    const bool special = magnitude >= (31u << 23);  // infinity or NaN
-    const uint32_t normal = magnitude + Select(special, 2 * kRebias, kRebias);
-    // A subnormal's mantissa below an exponent of 2^-14, less that 2^-14.
-    const float subnormal = std::bit_cast<float>(magnitude + kSmallestNormal) -
-                            std::bit_cast<float>(kSmallestNormal);
-    const uint32_t bits = Select(magnitude < (1u << 23),
-                                 std::bit_cast<uint32_t>(subnormal), normal);
-    return std::bit_cast<float>(bits | sign);
-  }
-  JF_KERNEL static uint32_t RoundToHalf(float sum) {
-    const uint32_t all = std::bit_cast<uint32_t>(sum);
-    const uint32_t sign = all & 0x80000000;
-    const uint32_t bits = all ^ sign;
-    const uint32_t normal = (bits - kRebias + 0xfff + ((bits >> 13) & 1)) >> 13;
-    // The last place of numbers near 0.5 is 2^-24, as that of subnormals here:
-    // the addition rounds.
-    const float shifted = std::bit_cast<float>(bits) + 0.5f;
-    const uint32_t subnormal =
-        std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f);
-    const uint32_t nan = 0x7e00 | (bits >> 13 & 0x3ff);
-    uint32_t half = Select(bits < kSmallestNormal, subnormal, normal);
-    // 65520, half a place above the largest number, and more.
-    half = Select(bits >= 0x477ff000, 0x7c00, half);
-    half = Select(bits > kInfinity, nan, half);
-    return half | sign >> 16;
   }
 };
 
@@ -285,11 +232,6 @@ SumAvx512(RowType type, std::span<const std::byte* const> rows,
 }
 #endif
 
-Isa FastestIsa() {
-  if (IsaSupported(Isa::kAvx512)) return Isa::kAvx512;
-  return IsaSupported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
-}
-
 }  // namespace
 
 int64_t ElementBytes(RowType type) {
@@ -326,6 +268,11 @@ bool IsaSupported(Isa isa) {
   }
 #endif
   return isa == Isa::kBaseline;
+}
+
+Isa FastestIsa() {
+  if (IsaSupported(Isa::kAvx512)) return Isa::kAvx512;
+  return IsaSupported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
 }
 
 void SumRowsWith(Isa isa, RowType type, std::span<const std::byte* const> rows,

@@ -43,6 +43,7 @@ void SumRows(RowType type, std::span<const std::byte* const> rows,
 // The variants that SumRows chooses from; for tests.
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 bool IsaSupported(Isa isa);
+Isa FastestIsa();
 void SumRowsWith(Isa isa, RowType type, std::span<const std::byte* const> rows,
                  const float* weights, int64_t row_bytes, std::byte* out);
 
