@@ -2,7 +2,8 @@
 
 Inside a fully manual `jax.shard_map`, under an open `Fabric`: `put`, `put_pages`,
 `wait`, `scatter`, `barrier` and `exchange` move bytes between ranks; `jaxfabric.moe`
-has dispatch and combine, `jaxfabric.nnx` and `jaxfabric.linen` Flax layers.
+has dispatch and combine, `jaxfabric.nnx` and `jaxfabric.linen` Flax layers. Outside
+of programs, `TransferEngine` moves bytes between jobs, and `jaxfabric.kv` KV caches.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxfabric._config import widen_xla_pool
 
 if TYPE_CHECKING:
+    from jaxfabric import kv as kv
     from jaxfabric import linen as linen
     from jaxfabric import moe as moe
     from jaxfabric import nnx as nnx
@@ -74,6 +76,7 @@ _MODULES = {
     "barrier": "_primitives.barrier",
     "config": "_config",
     "exchange": "_primitives.exchange",
+    "kv": "kv",
     "linen": "linen",
     "moe": "moe",
     "nnx": "nnx",
@@ -108,6 +111,7 @@ __all__ = [
     "barrier",
     "config",
     "exchange",
+    "kv",
     "linen",
     "moe",
     "nnx",

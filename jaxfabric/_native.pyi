@@ -22,12 +22,17 @@ def transport_states(libfabric: str) -> list[tuple[str, str, str, str]]:
     """Name, state, reason and fix of each transport."""
 
 def share_nics(
-    transport: str, libfabric: str, cores: Sequence[int]
+    transport: str,
+    libfabric: str,
+    cores: Sequence[int],
+    gpus: Sequence[Sequence[str]],
 ) -> list[list[str]]: ...
 def open_for_caps(kind: str, libfabric: str) -> dict[str, Any]:
     """What the first NIC of a transport says of itself, once it is open."""
 
-def nearest_nics(transport: str, libfabric: str, cores: Sequence[int]) -> list[str]: ...
+def nearest_nics(
+    transport: str, libfabric: str, cores: Sequence[int], gpus: Sequence[str]
+) -> list[str]: ...
 
 class NativeFabric:
     """The local ranks of one Fabric."""
@@ -94,6 +99,23 @@ class NativeWatcher:
     @property
     def value(self) -> int: ...
     def bump(self, by: int) -> None: ...
+
+class NativePagePool:
+    """Memory that programs copy pages into; see jaxfabric.kv."""
+
+    def __init__(
+        self,
+        address: int,
+        memory: object,
+        layers: int,
+        pages: int,
+        page_bytes: int,
+        watcher: NativeWatcher,
+    ) -> None: ...
+    @property
+    def id(self) -> int: ...
+    def take(self) -> list[tuple[int, int]]: ...
+    def close(self) -> None: ...
 
 class NativeTransferEngine:
     """A TransferEngine; regions, peers and groups are numbers here."""

@@ -18,6 +18,7 @@ inline std::pair<int, int> FfiApiVersion() {
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricPut);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricPutPages);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricScatter);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricSendLayer);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricSignal);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricWait);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxfabricBarrier);

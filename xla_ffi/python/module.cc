@@ -7,6 +7,7 @@
 
 #include "handlers/handlers.h"
 #include "python/fabric_py.h"
+#include "python/page_pool_py.h"
 #include "python/transfer_engine_py.h"
 
 namespace nb = nanobind;
@@ -24,6 +25,7 @@ nb::dict Targets() {
   targets["jaxfabric_put"] = Target(&jaxfabric::JaxfabricPut);
   targets["jaxfabric_put_pages"] = Target(&jaxfabric::JaxfabricPutPages);
   targets["jaxfabric_scatter"] = Target(&jaxfabric::JaxfabricScatter);
+  targets["jaxfabric_send_layer"] = Target(&jaxfabric::JaxfabricSendLayer);
   targets["jaxfabric_signal"] = Target(&jaxfabric::JaxfabricSignal);
   targets["jaxfabric_wait"] = Target(&jaxfabric::JaxfabricWait);
   targets["jaxfabric_barrier"] = Target(&jaxfabric::JaxfabricBarrier);
@@ -45,4 +47,5 @@ NB_MODULE(_native, m) {
   m.def("targets", &Targets);
   jaxfabric::RegisterFabric(m);
   jaxfabric::RegisterTransferEngine(m);
+  jaxfabric::RegisterPagePool(m);
 }

@@ -1,0 +1,73 @@
+"""What a receiver gives out: pages, slots for tails, ids; each to one at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from jaxfabric._errors import CapacityError
+
+# The engine's ids are below 2**27. Those of the lower half are the user's own.
+IDS_BEGIN, IDS_END = 1 << 26, 1 << 27
+
+
+class FreeList:
+    """Numbers 0 to ``count - 1``, the one that has been free longest first."""
+
+    def __init__(self, what: str, count: int) -> None:
+        self._what = what
+        self._free = deque(range(count))
+        self._taken = bytearray(count)
+
+    @property
+    def free(self) -> int:
+        """How many are free."""
+        return len(self._free)
+
+    def take(self, count: int) -> tuple[int, ...]:
+        """So many of them; raises CapacityError, and takes none, if there are fewer."""
+        if count > len(self._free):
+            raise CapacityError(
+                f"jf.kv: {count} {self._what} are wanted, and {len(self._free)} of "
+                f"{len(self._taken)} are free; release requests, or make more"
+            )
+        numbers = tuple(self._free.popleft() for _ in range(count))
+        for number in numbers:
+            self._taken[number] = 1
+        return numbers
+
+    def give(self, numbers: Sequence[int]) -> None:
+        """Takes them back; each must have been taken, once."""
+        for number in numbers:
+            if not self._taken[number]:
+                raise ValueError(f"jf.kv: {self._what}: {number} was freed twice")
+            self._taken[number] = 0
+            self._free.append(number)
+
+
+class IdPairs:
+    """Pairs of the engine's 27-bit ids for requests, whose own ids have 64 bits.
+
+    A pair of a transfer that ended badly is never given out again: a part of it may
+    have been counted.
+    """
+
+    def __init__(self, begin: int = IDS_BEGIN, end: int = IDS_END - (1 << 25)) -> None:
+        self._begin, self._end = begin, end
+        self._next = begin
+        self._unusable: set[int] = set()  # in use, or retired
+
+    def take(self) -> int:
+        """The first of two ids, the second of which is one more."""
+        for _ in range(len(self._unusable) + 1):
+            pair = self._next
+            self._next = pair + 2 if pair + 4 <= self._end else self._begin
+            if pair not in self._unusable:
+                self._unusable.add(pair)
+                return pair
+        raise CapacityError("jf.kv: all ids are used up; make a new TransferEngine")
+
+    def give(self, pair: int, *, clean: bool) -> None:
+        """Takes it back, for ever unless all was counted that was sent under it."""
+        if clean:
+            self._unusable.remove(pair)
