@@ -9,16 +9,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from fabric_cases import AXIS, Meeting, local_rows, mapped, mesh_of_all, place
+from primitive_cases import RING, N, every_primitive
 
 import jaxfabric as jf
 from jaxfabric import _ffi, _interfaces, _libfabric
 
-N, T, D, K, E = 4, 6, 8, 2, 8
-RING = [(rank, (rank + 1) % N) for rank in range(N)]
 NOTICE_S = 2.0  # within which the death of a process is an error everywhere
 
 
@@ -32,46 +30,6 @@ def require_tcp() -> None:
     found, reason = state("ofi/tcp")
     if found != "usable":
         pytest.skip(f"ofi/tcp: {found}: {reason}")
-
-
-def operands(mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-    """x, ids, weights of all ranks."""
-    rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(E)[:K] for _ in range(N * T)]).astype(np.int32)
-    return (
-        place(mesh, rng.normal(size=(N * T, D)).astype(np.float32)),
-        place(mesh, ids),
-        place(mesh, rng.random((N * T, K)).astype(np.float32)),
-    )
-
-
-def every_primitive(mesh: jax.sharding.Mesh, transport: str) -> list[np.ndarray]:
-    """What this process gets of a program that uses each primitive."""
-    with jf.Fabric(mesh, transport=transport) as fabric:
-        window = fabric.window((N, D), jnp.float32)
-
-        def program(x: Any, ids: Any, weights: Any) -> Any:
-            rank = jax.lax.axis_index(AXIS)
-            token = jf.barrier(AXIS, token=jf.token())
-            token = jf.put(
-                *(window, x[0], (rank + 1) % N),
-                axis_name=AXIS,
-                offset=rank * D,
-                id=3,
-                token=token,
-            )
-            got, token = jf.wait(window, axis_name=AXIS, id=3, token=token)
-            swapped, token = jf.exchange(x, RING, axis_name=AXIS, token=token)
-            out = jf.moe.dispatch(x, ids, weights, axis_name=AXIS, num_experts=E)
-            y = jf.moe.combine(jnp.tanh(out.tokens), out.plan)
-            return got[(rank - 1) % N][None], swapped, out.tokens, y
-
-        results = mapped(mesh, program)(*operands(mesh))
-        return [
-            rows
-            for result in jax.block_until_ready(results)
-            for _, rows in sorted(local_rows(result).items())
-        ]
 
 
 @pytest.mark.jaxfabric(processes=N, timeout_s=120)
@@ -166,21 +124,65 @@ def test_interfaces_are_named_or_found() -> None:
 
 
 def test_processes_of_a_host_share_its_nics(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, list[int]]] = []
+    asked: list[tuple[Any, ...]] = []
 
     class Native:
         @staticmethod
-        def share_nics(transport: str, library: str, cores: list[int]) -> Any:
-            asked.append((transport, cores))
+        def share_nics(
+            transport: str, library: str, cores: list[int], gpus: list[list[str]]
+        ) -> Any:
+            asked.append((transport, cores, gpus))
             return [[f"nic of {core}"] for core in cores]
 
     monkeypatch.setattr(_ffi, "native", Native)
-    hosts, cores = ["a", "b", "a", "b"], [0, 8, 4, 9]
-    share = _interfaces.share_interfaces("ofi/efa", hosts, cores, 2)
+    hosts = ["a", "b", "a", "b"]
+    places: list[_interfaces.Place] = [
+        {"core": core, "gpus": [f"gpu of {core}"]} for core in (0, 8, 4, 9)
+    ]
+    share = _interfaces.share_interfaces("ofi/efa", hosts, places, 2)
     assert share == ["nic of 4"]
-    assert asked == [("ofi/efa", [0, 4])]
-    assert _interfaces.share_interfaces("ofi/tcp", hosts, cores, 2) == []
-    assert _interfaces.share_interfaces("shm", hosts, cores, 2) == []
+    assert asked == [("ofi/efa", [0, 4], [["gpu of 0"], ["gpu of 4"]])]
+    assert _interfaces.share_interfaces("ofi/tcp", hosts, places, 2) == []
+    assert _interfaces.share_interfaces("shm", hosts, places, 2) == []
+
+
+def test_a_process_tells_the_planner_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Native:
+        @staticmethod
+        def nearest_nics(
+            transport: str, library: str, cores: list[int], gpus: list[str]
+        ) -> list[str]:
+            return [f"near {gpu}" for gpu in gpus]
+
+    class Gpu:
+        def __init__(self, ordinal: int) -> None:
+            self.local_hardware_id = ordinal
+
+    class Driver:
+        """libcuda: three GPUs are visible, and one does not say where it is."""
+
+        def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+            device._obj.value = ordinal + 10
+            return 0
+
+        def cuDeviceGetPCIBusId(self, text: Any, size: int, device: Any) -> int:
+            if device.value == 11:
+                return 101
+            text.value = f"0000:{device.value:02X}:0B.0".encode()
+            return 0
+
+    assert _interfaces.local_gpus() == []  # there are none on a test machine
+    monkeypatch.setattr(
+        jax, "local_devices", lambda *, backend: [Gpu(i) for i in range(3)]
+    )
+    monkeypatch.setattr(_interfaces.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(_ffi, "native", Native)
+    jax.devices("cpu")  # starts JAX
+    assert _interfaces.place()["gpus"] == ["0000:0a:0b.0", "0000:0c:0b.0"]
+    near = _interfaces.nearest_interfaces("ofi/efa")
+    assert near == ["near 0000:0a:0b.0", "near 0000:0c:0b.0"]
+    monkeypatch.setattr(_interfaces, "_jax_has_started", lambda: False)
+    assert _interfaces.local_gpus() == []
 
 
 def test_the_library_is_the_one_that_is_set() -> None:

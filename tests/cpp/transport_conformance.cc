@@ -1,6 +1,7 @@
 #include "tests/cpp/transport_conformance.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <set>
@@ -500,22 +501,30 @@ TEST_P(TransportConformance, TheDoorbellWakesThoseWhoSleep) {
   // ring leaves both asleep until the deadline.
   const Deadline deadline =
       Deadline::AfterSeconds(ConformanceRank::kPatienceSeconds);
+  std::atomic<int> players = 2;  // that have not posted all
   const auto play = [&](int side) {
     ConformanceRank& self = *ranks[side];
     ConformanceRank& other = *ranks[1 - side];
-    for (uint32_t i = 0; i < kRounds && !deadline.Expired();) {
+    // Its last post may need this side's polls when this side has posted all.
+    for (uint32_t i = 0;
+         players.load(std::memory_order_acquire) > 0 && !deadline.Expired();) {
       const uint32_t seen = sides[side]->doorbell().Sequence();
       self.Poll();
-      const bool my_turn = self.immediates.size() == i + (side == 0 ? 0 : 1);
+      const bool my_turn =
+          i < kRounds && self.immediates.size() == i + (side == 0 ? 0 : 1);
       if (my_turn && self.done.size() == i) {
         const StatusOr<Posted> posted = self.domain().PostWriteImm(
             peers[side], self.Source(0), other.Target(8), 8, i, i);
         ASSERT_TRUE(posted.ok()) << posted.status().message();
-        if (*posted == Posted::kPosted) ++i;
+        if (*posted == Posted::kPosted && ++i == kRounds) {
+          players.fetch_sub(1, std::memory_order_release);
+        }
         continue;
       }
-      // A device that cannot ring is looked at in short intervals.
-      const int64_t interval_ns = sides[side]->poll_interval_ns();
+      // A device that cannot ring is looked at in short intervals, and so is
+      // the end of the other player.
+      const int64_t interval_ns =
+          i == kRounds ? 1'000'000 : sides[side]->poll_interval_ns();
       sides[side]->doorbell().Wait(
           seen, interval_ns == 0 ? deadline
                                  : Deadline::AfterNanoseconds(interval_ns));

@@ -54,7 +54,14 @@ class ConformanceRank {
 
   ConformanceRank(Transport& transport, uint64_t bytes);
 
-  Domain& domain() { return *domain_; }
+  // Called before any rank's Domain is used other than by Poll. For ranks whose
+  // memory is on another host and only looks as if it were here.
+  static inline std::function<void()> before_use;
+
+  Domain& domain() {
+    if (before_use) before_use();
+    return *domain_;
+  }
   // Closes the Domain; only what was polled before remains.
   void Close() { domain_.reset(); }
   bool open() const { return domain_ != nullptr; }

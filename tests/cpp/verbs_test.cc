@@ -165,10 +165,13 @@ class VerbsTest : public testing::Test {
 
   void ExpectWorking() {
     const size_t before = ranks_[1]->immediates.size();
+    const size_t done = ranks_[0]->done.size();
     EXPECT_TRUE(PollUntil(
         [&] { return Post(*ranks_[0], peer_, ranks_[1]->Target(8)); }));
-    EXPECT_TRUE(
-        PollUntil([&] { return ranks_[1]->immediates.size() > before; }));
+    EXPECT_TRUE(PollUntil([&] {
+      return ranks_[1]->immediates.size() > before &&
+             ranks_[0]->done.size() > done;
+    }));
     EXPECT_TRUE(ranks_[0]->losses.empty() && ranks_[1]->losses.empty());
   }
 

@@ -3,6 +3,8 @@
     python -m tests.rxe --rails 2 -- ibv_devinfo
     python -m tests.rxe --hosts 2 -- pytest tests/rxe/test_two_hosts.py
 
+`python -m tests.rxe.suite` runs all tests.
+
 The guest boots Debian's kernel on this machine's files: programs, virtual
 environments and build folders are where they are here, and what is written is gone
 afterwards. With --hosts 2 there is a second guest at the other ends of the rails;
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import socket
 import sys
 import time
@@ -40,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--rails", type=int, default=1, choices=range(1, RAILS_MAX + 1))
     add("--hosts", type=int, default=1, choices=(1, 2))
-    add("--cpus", type=int, default=2, help="of each guest")
+    add("--cpus", type=int, default=1, help="of each guest: emulated, one costs least")
     add("--memory-mib", type=int, default=3072, help="of each guest")
     add("--timeout-s", type=float, default=300, help="for everything")
     add("--accelerator", default="tcg", choices=sorted(machine.ACCELERATOR))
@@ -82,8 +85,14 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
+def end_in_order() -> None:
+    """Makes SIGTERM end this process by way of what ends its guests."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> int:
     """Returns the exit status."""
+    end_in_order()
     options = parse(sys.argv[1:])
     try:
         status = run(options)

@@ -24,7 +24,7 @@ def main(transport: str, coordinator: str, process: int) -> None:
 
     jax.distributed.initialize(coordinator, PROCESSES, process)
     from fabric_cases import mesh_of_all
-    from test_ofi import N, every_primitive
+    from primitive_cases import N, every_primitive
 
     import jaxfabric as jf
 

@@ -117,13 +117,22 @@ def _version(folder: Path) -> str:
 
 
 def _download(folder: Path) -> None:
-    listing = _run(["apt-cache", "depends", META_PACKAGE], folder, QUERY_TIMEOUT_S)
-    package = re.search(r"Depends: (linux-image-\S+)", listing)
-    if package is None:
-        raise CannotRun(f"no Debian package {META_PACKAGE}: try `apt-get update`")
-    _run(["apt-get", "download", package[1]], folder, DOWNLOAD_TIMEOUT_S)
+    try:
+        _download_package(folder)
+    except CannotRun:
+        # The lists of packages are old, or have never been there.
+        _run(["apt-get", "update"], folder, DOWNLOAD_TIMEOUT_S)
+        _download_package(folder)
     archive = next(folder.glob("*.deb"))
     _run(["dpkg", "-x", archive.name, "."], folder, UNPACK_TIMEOUT_S)
     archive.unlink()
     tool = shutil.which("depmod", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     _run([tool or "depmod", "-b", ".", _version(folder)], folder, UNPACK_TIMEOUT_S)
+
+
+def _download_package(folder: Path) -> None:
+    listing = _run(["apt-cache", "depends", META_PACKAGE], folder, QUERY_TIMEOUT_S)
+    package = re.search(r"Depends: (linux-image-\S+)", listing)
+    if package is None:
+        raise CannotRun(f"apt knows no package {META_PACKAGE}")
+    _run(["apt-get", "download", package[1]], folder, DOWNLOAD_TIMEOUT_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 from fabric_cases import mesh_of_all
-from test_ofi import N, every_primitive
+from primitive_cases import N, every_primitive
 
 import jaxfabric as jf
 

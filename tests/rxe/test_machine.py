@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rxe import CannotRun, initramfs, kernel, remote
+from rxe import CannotRun, devices, initramfs, kernel, remote
 from rxe.__main__ import CACHE, SKIPPED
 from rxe.kernel import Kernel
 from rxe.machine import TIMED_OUT
@@ -84,13 +85,36 @@ def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     assert (tmp_path / "empty").read_bytes() == b""
 
 
-def test_a_failed_download_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ({}, "no `apt-get` on PATH"),
+        ({"apt-cache": "true", "apt-get": "true"}, "apt knows no package linux-image"),
+        (
+            {
+                "apt-cache": "echo '  Depends: linux-image-6.1.0-9-amd64'",
+                "apt-get": "echo 'E: no network' >&2; exit 100",
+            },
+            "apt-get update: E: no network",
+        ),
+    ],
+    ids=["not Debian", "another distribution's packages", "no network"],
+)
+def test_a_kernel_that_is_not_to_be_had_is_a_reason_and_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tools: dict[str, str],
+    reason: str,
 ) -> None:
-    monkeypatch.setattr(kernel, "META_PACKAGE", "no-such-package")
-    with pytest.raises(CannotRun):
-        kernel.fetch(tmp_path)
-    assert not list(tmp_path.iterdir())
+    programs, cache = tmp_path / "programs", tmp_path / "cache"
+    programs.mkdir()
+    for name, script in tools.items():
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(CannotRun, match=reason):
+        kernel.fetch(cache)
+    assert not list(cache.iterdir())
 
 
 def test_what_is_missing_is_exit_status_77_and_a_reason(stock: None) -> None:
@@ -115,7 +139,25 @@ def test_the_command_is_at_home(stock: None) -> None:
     assert not Path("/usr/new").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_no_guest_outlives_the_bench(
+    stock: None, tmp_path: Path, by: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "tests.rxe", "--", "sleep", "1000"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        devices.wait_until(lambda: children.read_text() != "")
+        (guest,) = children.read_text().split()
+        name = Path("/proc", guest, "comm")
+        devices.wait_until(lambda: name.read_text().startswith("qemu"))
+        process.send_signal(by)
+        devices.wait_until(lambda: not Path("/proc", guest).exists())
+        assert process.wait(20) in (-by, 128 + by)
+
+
 def test_a_guest_that_takes_too_long_is_ended(stock: None) -> None:
     begin = time.monotonic()
     run = bench("--timeout-s", "2", "--", "sleep", "1000")

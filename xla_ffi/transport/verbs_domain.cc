@@ -28,6 +28,9 @@ constexpr uint32_t kEmptyPolls = 16;
 // Buffers for frames, of which messages of the owner leave some.
 constexpr uint32_t kFrames = 96;
 constexpr size_t kFrameReserve = 32;
+// Answers that wait for a peer's credits; one that asks on and on and gives
+// none must not fill our memory.
+constexpr size_t kAnswersMax = 1024;
 
 }  // namespace
 
@@ -227,6 +230,8 @@ size_t VerbsDomain::Poll(std::span<Completion> completions) {
 // notice of what comes.
 void VerbsDomain::Rest(bool empty) {
   if (!empty || !broken_.empty()) return bell_->Ring();
+  // Who polls now needs none, and somebody polls after it.
+  if (bell_->muted()) return;
   // A notice may come after what it tells of has been polled; then it wakes the
   // owner for nothing, but not for ever. Looking costs a system call.
   if (asked_ && ++empty_polls_ % kEmptyPolls != 0) return;
@@ -380,6 +385,13 @@ void VerbsDomain::OnFrame(VerbsPeer& peer, const VerbsFrame& frame) {
 }
 
 void VerbsDomain::OnAsk(VerbsPeer& peer, uint64_t key) {
+  if (peer.frames.size() >= kAnswersMax) {
+    return Break(
+        peer, Status(StatusCode::kDataLoss,
+                     "verbs: " + Describe(peer.address) +
+                         " asks for more than " + std::to_string(kAnswersMax) +
+                         " memory keys and takes no answers"));
+  }
   VerbsRegion region;
   if (const MemoryRegion* ours = regions_.Find(key)) {
     region.base = reinterpret_cast<uintptr_t>(ours->base);

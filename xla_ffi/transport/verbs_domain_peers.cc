@@ -305,8 +305,11 @@ void VerbsDomain::SayBye() {
   poll_until([this] { return posted_ == 0; });
   for (auto& [nonce, peer] : peers_) {
     if (peer->connection == nullptr || peer->address == address_) continue;
-    Greet(*peer, VerbsGreetingKind::kBye, 0);
-    poll_until([this] { return greeter_->HasRoom(); });
+    // Twice, since nobody acknowledges it, and a network may lose one.
+    for (int times = 0; times < 2; ++times) {
+      Greet(*peer, VerbsGreetingKind::kBye, 0);
+      poll_until([this] { return greeter_->HasRoom(); });
+    }
   }
   poll_until([this] { return greeter_->idle(); });
 }
