@@ -85,10 +85,11 @@ class TransferEngine(Messages, Writes):
       name: of this engine, for messages; by default host and process.
       timeout_s: time limit of each operation, in seconds, unless it has its own.
       nics: how many NICs to use, 1 to 8, or their names or IP addresses; the other
-        side may use another number. ``None``: what `jf.config` says, else those on
-        the NUMA node of the cores that this process may run on (all, if those are of
-        several nodes); for ``"ofi/tcp"``, the interface of the default route. The
-        engine's thread stays on the NUMA nodes of its NICs.
+        side may use another number. ``None``: what `jf.config` says, else those
+        closest to the GPUs that JAX has opened here, else those on the NUMA node of
+        the cores that this process may run on (all, if those are of several nodes);
+        for ``"ofi/tcp"``, the interface of the default route. The engine's thread
+        stays on the NUMA nodes of its NICs.
       heartbeat_s: a peer that says nothing is asked so often whether it is there.
       peer_timeout_s: a peer that has not answered for so long is lost.
       chaos: options of the fake transport, as for `jf.Fabric`.
@@ -283,8 +284,9 @@ class TransferEngine(Messages, Writes):
             said in time that its writes into it have ended; it names them. The region
             stays registered, but peers that have heard write no more into it: call
             again, or `disconnect` the peer.
-          FabricError: over ``ofi/tcp``, a peer was lost that may still have writes
-            into it under way: the region stays registered until `close`.
+          FabricError: over ``ofi/tcp`` with libfabric 1, a peer was lost that may
+            still have writes into it under way: the region stays registered until
+            `close`. That of libfabric 2 cuts the peer off.
         """
         with native_errors():
             native = self._native.unregister_memory(region.key, timeout_s)

@@ -26,6 +26,7 @@ from transfer_cases import (
 )
 
 import jaxfabric as jf
+from jaxfabric import _ffi
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "two_jobs.py"
 
@@ -221,16 +222,55 @@ def test_unregistering_names_the_peer_that_is_stopped(transport: str) -> None:
             child.communicate()
 
 
-def test_a_region_stays_where_software_may_still_write_into_it() -> None:
+def test_a_region_ends_although_software_may_still_write_into_it() -> None:
     with engine("ofi/tcp", name="writer") as a, engine("ofi/tcp") as b:
         region = b.alloc(100)
         assert region.desc.nbytes == 100
         a.connect(b.address()).result()
         until(lambda: b.peers())
         b.disconnect(next(iter(b.peers())))
+        if _ffi.open_for_caps("ofi/tcp")["removal_fences"]:  # cuts it off first
+            b.unregister_memory(region)
+            return
         with pytest.raises(jf.FabricError, match=r"writer.*may still have writes"):
             b.unregister_memory(region)
         assert region.desc.nbytes == 100
+
+
+def test_a_stopped_peer_holds_up_no_write_to_others() -> None:
+    # The first write into a region asks its peer for the memory.
+    with engine("shm") as a:
+        children = [start(CHILD, "shm") for _ in range(2)]
+        try:
+            descs = []
+            for child in children:
+                assert child.stdout is not None
+                line = child.stdout.readline().split()
+                address, desc = map(bytes.fromhex, line)
+                a.connect(address).result()
+                descs.append(jf.MrDesc.from_bytes(desc))
+            stopped, other = descs
+            source = a.alloc(stopped.nbytes)
+            children[0].send_signal(signal.SIGSTOP)
+            os.waitpid(children[0].pid, os.WUNTRACED)
+            begin = time.monotonic()
+            slow = a.submit_single_write(source, stopped, id=1)
+            late = a.submit_single_write(source, stopped, timeout_s=0.3)
+            a.submit_single_write(source, other, nbytes=1).result()
+            both = [jf.ScatterTarget(d, 0, 0, 1) for d in descs]
+            scatter = a.submit_scatter(source, both)
+            assert time.monotonic() - begin < 1.0
+            assert not slow.done()
+            with pytest.raises(jf.DeadlineError, match="child"):
+                late.result()
+            assert time.monotonic() - begin < 2.0
+            children[0].send_signal(signal.SIGCONT)
+            slow.result()
+            scatter.result()
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
 
 
 SENDER = """

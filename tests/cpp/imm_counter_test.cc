@@ -167,6 +167,36 @@ TEST(ImmCounterTest, IdsThatNobodyWaitsForAreBounded) {
   counters.Add(1, ImmCounterTable::kIdsMax);
 }
 
+TEST(ImmCounterTest, NoSourceTakesTheRoomOfOthers) {
+  ImmCounterTable table;
+  std::vector<std::function<void()>> ready;
+  uint32_t next_id = 0;
+  const auto flood = [&](uint32_t source) {
+    size_t taken = 0;
+    while (table.Add(next_id, kTransferUnits, &ready, source).ok()) {
+      ++next_id;
+      ++taken;
+    }
+    return taken;
+  };
+  EXPECT_EQ(flood(1), ImmCounterTable::kIdsMax / 2);
+  EXPECT_EQ(flood(2), ImmCounterTable::kIdsMax / 4);
+  EXPECT_EQ(flood(1), 0u);
+  // What somebody waits for is no burden.
+  EXPECT_EQ(table.Expect(0, 1, [] {}), 0u);
+  EXPECT_NE(table.Expect(1, 2, [] {}), 0u);
+  EXPECT_EQ(flood(2), 1u);
+  // What is there when a source leaves stays as long as nobody needs the room,
+  // and then the oldest goes.
+  table.Leave(1);
+  EXPECT_EQ(table.evicted(), 0u);
+  EXPECT_EQ(table.Transfers(next_id - 1), 1u);
+  EXPECT_EQ(flood(3), ImmCounterTable::kIdsMax * 3 / 8);
+  EXPECT_GT(table.evicted(), 0u);
+  EXPECT_EQ(table.Transfers(1), 1u) << "somebody waits for it";
+  EXPECT_EQ(table.Transfers(2), 0u);
+}
+
 TEST(ImmCounterTest, NoCountIsLostOrDoubledBetweenThreads) {
   constexpr int kThreads = 4;
   constexpr int kTransfersEach = 2000;

@@ -80,6 +80,20 @@ TEST_F(OfiBellTest, NewsThatCameWhileItWasMutedIsHeardOnceAllAreDone) {
             static_cast<int64_t>(kPatienceSeconds / 2 * 1e9));
 }
 
+// As after a post to a device that works in its caller's thread.
+TEST_F(OfiBellTest, WhoPolledForLongIsWaitedForForAsLong) {
+  bell_->Mute();
+  EXPECT_TRUE(bell_->muted());
+  BringNews();
+  const Deadline worked = Deadline::AfterNanoseconds(5 * kMillisecond);
+  while (!worked.Expired()) continue;
+  const int64_t begin_ns = MonotonicNanoseconds();
+  bell_->Unmute();
+  EXPECT_FALSE(bell_->muted());
+  bell_->Wait(bell_->Sequence(), Deadline::AfterSeconds(kPatienceSeconds));
+  EXPECT_GE(MonotonicNanoseconds() - begin_ns, kMillisecond);
+}
+
 TEST_F(OfiBellTest, WhoIsRemovedWakesNobody) {
   bell_->Remove(nic_.get());
   BringNews();

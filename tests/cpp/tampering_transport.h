@@ -4,6 +4,7 @@
 #ifndef JAXFABRIC_TESTS_CPP_TAMPERING_TRANSPORT_H_
 #define JAXFABRIC_TESTS_CPP_TAMPERING_TRANSPORT_H_
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -19,17 +20,26 @@ using Tamper = std::function<bool(std::string& message)>;
 // What AddPeer says instead of trying, where it is an error.
 using RefuseAdd = std::function<Status()>;
 
+// Software that does peers' writes, and goes on when they are gone.
+struct Emulation {
+  bool fences = false;             // they can be cut off
+  std::atomic<int> asked{0};       // how often that was asked for
+  std::atomic<bool> fenced{true};  // and whether it is done
+};
+
 class TamperingDomain final : public Domain {
  public:
   TamperingDomain(std::unique_ptr<Domain> real, const Tamper* tamper,
-                  const RefuseAdd* refuse_add, bool emulates,
+                  const RefuseAdd* refuse_add, Emulation* emulation,
                   Doorbell* doorbell)
       : real_(std::move(real)),
         tamper_(tamper),
         refuse_add_(refuse_add),
+        emulation_(emulation),
         doorbell_(doorbell),
         caps_(real_->caps()) {
-    caps_.emulated_writes = emulates;
+    caps_.writes_outlive_regions = emulation != nullptr;
+    caps_.removal_fences |= emulation != nullptr && emulation->fences;
   }
 
   const DomainCaps& caps() const override { return caps_; }
@@ -45,6 +55,12 @@ class TamperingDomain final : public Domain {
     return real_->AddPeer(address, deadline);
   }
   void RemovePeer(PeerId peer) override { real_->RemovePeer(peer); }
+  void FenceRemoved() override {
+    emulation_->asked.fetch_add(1, std::memory_order_relaxed);
+  }
+  bool RemovedAreFenced() const override {
+    return emulation_->fenced.load(std::memory_order_relaxed);
+  }
   StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local, RemoteSpan remote,
                                 uint64_t length,
                                 std::optional<uint32_t> immediate,
@@ -69,6 +85,9 @@ class TamperingDomain final : public Domain {
     }
     return count + real_->Poll(completions.subspan(count));
   }
+  Status MapMemory(PeerId peer, uint64_t key, Deadline deadline) override {
+    return real_->MapMemory(peer, key, deadline);
+  }
   std::byte* DirectPointer(PeerId peer, RemoteSpan remote,
                            uint64_t length) override {
     return real_->DirectPointer(peer, remote, length);
@@ -78,6 +97,7 @@ class TamperingDomain final : public Domain {
   const std::unique_ptr<Domain> real_;
   const Tamper* const tamper_;
   const RefuseAdd* const refuse_add_;
+  Emulation* const emulation_;
   Doorbell* const doorbell_;
   DomainCaps caps_;
   std::deque<uint64_t> lost_;
@@ -86,16 +106,17 @@ class TamperingDomain final : public Domain {
 class TamperingTransport final : public Transport {
  public:
   TamperingTransport(std::unique_ptr<Transport> real, Tamper tamper,
-                     RefuseAdd refuse_add = nullptr, bool emulates = false)
+                     RefuseAdd refuse_add = nullptr,
+                     Emulation* emulation = nullptr)
       : real_(std::move(real)),
         tamper_(std::move(tamper)),
         refuse_add_(std::move(refuse_add)),
-        emulates_(emulates) {}
+        emulation_(emulation) {}
 
   StatusOr<std::unique_ptr<Domain>> OpenDomain() override {
     JF_ASSIGN_OR_RETURN(auto domain, real_->OpenDomain());
     return std::unique_ptr<Domain>(std::make_unique<TamperingDomain>(
-        std::move(domain), &tamper_, &refuse_add_, emulates_, &doorbell()));
+        std::move(domain), &tamper_, &refuse_add_, emulation_, &doorbell()));
   }
   Doorbell& doorbell() override { return real_->doorbell(); }
 
@@ -103,7 +124,7 @@ class TamperingTransport final : public Transport {
   const std::unique_ptr<Transport> real_;
   const Tamper tamper_;
   const RefuseAdd refuse_add_;
-  const bool emulates_;
+  Emulation* const emulation_;
 };
 
 }  // namespace jaxfabric

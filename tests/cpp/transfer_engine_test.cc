@@ -331,7 +331,7 @@ TEST_P(TransferEngineTest, UnregisteringWaitsForTransfersAndEndsThem) {
   OpenPair();
   std::vector<TransferEngine::Submitted> writes;
   for (uint32_t i = 0; i < 20; ++i) {
-    writes.push_back(Write(0, 0, 50'000, std::nullopt));
+    writes.push_back(Write(0, i * 50'000, 50'000, std::nullopt));
   }
   const auto gone = a_->engine->UnregisterMemory(a_->region);
   const auto late = Write(0, 0, 1, std::nullopt);
@@ -387,8 +387,8 @@ TEST_P(TransferEngineTest, WhatIsSubmittedAtCloseEnds) {
   OpenPair();
   std::vector<TransferEngine::Submitted> pending;
   pending.push_back(a_->engine->ExpectImmCount(1, 1));
-  for (int i = 0; i < 20; ++i) {
-    pending.push_back(Write(0, 0, 200'000, std::nullopt));
+  for (uint32_t i = 0; i < 20; ++i) {
+    pending.push_back(Write(0, i * 50'000, 50'000, std::nullopt));
   }
   a_->engine.reset();
   EXPECT_THAT(EndOf(pending[0]).message(), HasSubstr("closed"));

@@ -110,8 +110,9 @@ TEST_F(TransferWithdrawTest, WhoConnectsMeanwhileIsAskedToo) {
 
 // What a peer had under way when it was lost may land where software writes.
 TEST_F(TransferWithdrawTest, ARegionStaysWhereALostPeerMayStillWrite) {
+  Emulation software;
   auto a = Open();
-  auto b = Open({}, nullptr, {}, nullptr, /*emulates=*/true);
+  auto b = Open({}, nullptr, {}, nullptr, &software);
   auto memory = std::make_shared<std::string>(100, 'x');
   auto* const base = reinterpret_cast<std::byte*>(memory->data());
   const std::weak_ptr<std::string> alive = memory;
@@ -132,11 +133,45 @@ TEST_F(TransferWithdrawTest, ARegionStaysWhereALostPeerMayStillWrite) {
   EXPECT_FALSE(alive.expired());
   b.reset();
   EXPECT_TRUE(alive.expired());
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 0);
+}
+
+// Where it can be cut off, only regions that it knew of wait for that, and only
+// when they end.
+TEST_F(TransferWithdrawTest, ALostPeerIsCutOffBeforeARegionEnds) {
+  Emulation software;
+  software.fences = true;
+  auto a = Open();
+  auto c = Open();
+  auto b = Open({}, nullptr, {}, nullptr, &software);
+  a->Connect(*b);
+  c->Connect(*b);
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(0)));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 0);
+  const RegionId unknown = *b->engine->AllocateMemory(100);
+  EXPECT_TRUE(EndsWell(b->engine->UnregisterMemory(unknown)));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 0);
+
+  software.fenced.store(false, std::memory_order_relaxed);
+  const Status late = EndOf(b->engine->UnregisterMemory(
+      b->region, Deadline::AfterNanoseconds(200'000'000)));
+  EXPECT_EQ(late.code(), StatusCode::kDeadlineExceeded);
+  EXPECT_THAT(late.message(), HasSubstr("cut off"));
+  EXPECT_THAT(late.message(), HasSubstr("stays registered"));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 1);
+  const auto gone = b->engine->UnregisterMemory(b->region);
+  // Another is lost while that goes on: it takes a second time.
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(1)));
+  EXPECT_FALSE((*gone)->done());
+  software.fenced.store(true, std::memory_order_relaxed);
+  EXPECT_TRUE(EndsWell(gone));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 2);
 }
 
 TEST_F(TransferWithdrawTest, WhoTookLeaveHoldsNoRegion) {
+  Emulation software;
   auto a = Open();
-  auto b = Open({}, nullptr, {}, nullptr, /*emulates=*/true);
+  auto b = Open({}, nullptr, {}, nullptr, &software);
   const uint32_t peer = a->Connect(*b);
   ASSERT_TRUE(IsOk(a->engine->Disconnect(peer)));
   Until([&] { return b->engine->stats().peers.empty(); });

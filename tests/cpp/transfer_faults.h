@@ -21,7 +21,7 @@ class TransferFaultsTest : public testing::Test {
                                      Tamper tamper = nullptr,
                                      FakeOptions fake = {},
                                      RefuseAdd refuse_add = nullptr,
-                                     bool emulates = false) {
+                                     Emulation* emulation = nullptr) {
     if (options.job.empty()) options.job = "test";
     if (options.token.empty()) options.token = "secret";
     options.name = "node" + std::to_string(next_node_++);
@@ -30,7 +30,7 @@ class TransferFaultsTest : public testing::Test {
     if (tamper == nullptr) tamper = [](std::string&) { return true; };
     transport = std::make_unique<TamperingTransport>(
         std::move(transport), std::move(tamper), std::move(refuse_add),
-        emulates);
+        emulation);
     return std::make_unique<TransferNode>(std::move(transport), options);
   }
   // The node still does its work for others.

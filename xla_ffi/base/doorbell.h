@@ -58,6 +58,20 @@ class Doorbell {
   DoorbellWords* words_;
 };
 
+// Mutes a doorbell as long as it lives.
+class DoorbellMute {
+ public:
+  explicit DoorbellMute(Doorbell& doorbell) : doorbell_(doorbell) {
+    doorbell_.Mute();
+  }
+  ~DoorbellMute() { doorbell_.Unmute(); }
+  DoorbellMute(const DoorbellMute&) = delete;
+  DoorbellMute& operator=(const DoorbellMute&) = delete;
+
+ private:
+  Doorbell& doorbell_;
+};
+
 }  // namespace jaxfabric
 
 #endif  // JAXFABRIC_BASE_DOORBELL_H_

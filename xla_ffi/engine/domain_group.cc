@@ -165,6 +165,16 @@ void DomainGroup::RemovePeer(uint32_t name) {
   RunEnded();
 }
 
+void DomainGroup::FenceRemoved() {
+  for (const auto& domain : domains_) domain->FenceRemoved();
+}
+
+bool DomainGroup::RemovedAreFenced() const {
+  return std::all_of(domains_.begin(), domains_.end(), [](const auto& domain) {
+    return domain->RemovedAreFenced();
+  });
+}
+
 StatusOr<TransferHandle> DomainGroup::SubmitWrite(
     uint32_t name, const LocalRegion& local, const MrDesc& remote,
     const std::vector<Piece>& pieces, std::optional<uint32_t> id, Done done) {
@@ -233,13 +243,19 @@ void DomainGroup::SubmitSend(uint32_t name, std::string message, Done done) {
   RunEnded();
 }
 
+RemoteMemory DomainGroup::Locate(uint32_t name, const MrDesc& remote) {
+  const GroupPeer* const peer = FindPeer(name);
+  if (peer == nullptr) return {};
+  const Link& link = peer->links[0];
+  return {domains_[0].get(), link.id, remote.keys[link.remote_domain]};
+}
+
 std::byte* DomainGroup::DirectPointer(uint32_t name, const MrDesc& remote,
                                       uint64_t offset, uint64_t length) {
-  const GroupPeer* const peer = FindPeer(name);
-  if (peer == nullptr) return nullptr;
-  const Link& link = peer->links[0];
-  return domains_[0]->DirectPointer(
-      link.id, {remote.keys[link.remote_domain], remote.base, offset}, length);
+  const RemoteMemory memory = Locate(name, remote);
+  if (memory.domain == nullptr) return nullptr;
+  return memory.domain->DirectPointer(
+      memory.peer, {memory.key, remote.base, offset}, length);
 }
 
 bool DomainGroup::Idle() const {

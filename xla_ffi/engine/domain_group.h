@@ -91,6 +91,10 @@ class DomainGroup {
   // be given again, to a peer that has nothing to do with this one.
   void RemovePeer(uint32_t peer);
 
+  // Keeps out what the peers that were removed have posted, see Domain.
+  void FenceRemoved();
+  bool RemovedAreFenced() const;
+
   // One transfer: all pieces, and, where there is an `id`, one count under it
   // at the peer. `done` runs in Poll or here, once no NIC reads the source any
   // more.
@@ -114,7 +118,7 @@ class DomainGroup {
   // once the message is delivered, or with the reason why it will never be.
   void SubmitSend(uint32_t peer, std::string message, Done done = {});
 
-  // Peer memory mapped here, or nullptr.
+  RemoteMemory Locate(uint32_t peer, const MrDesc& remote);
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
                            uint64_t length);
 
@@ -140,10 +144,6 @@ class DomainGroup {
     uint32_t links = 0;     // of peers that are there
     uint32_t own = 1;       // places of each link
     uint32_t borrowed = 0;  // beyond them, of all links together
-  };
-  struct FenceRequest {
-    GroupPeerPtr peer;
-    LinkFrame frame;
   };
 
   // domain_group.cc

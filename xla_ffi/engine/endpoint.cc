@@ -47,21 +47,30 @@ StatusOr<std::unique_ptr<Endpoint>> Endpoint::Open(
   return endpoint;
 }
 
+StatusOr<std::vector<uint64_t>> Endpoint::Register(const SharedMemory& memory) {
+  auto keys =
+      group_.RegisterMemory({memory.data(), memory.size(), memory.fd()});
+  if (keys.ok()) return keys;
+  return keys.status().Annotate(
+      "the Fabric's memory, of which NICs keep all in place: window_bytes=" +
+      std::to_string(options_.heap.window_bytes) +
+      " and mailbox_bytes=" + std::to_string(options_.heap.mailbox_bytes) +
+      " for each of " + std::to_string(options_.heap.ranks) +
+      " ranks, twice; give jf.Fabric less of them (JAXFABRIC_WINDOW_BYTES, "
+      "JAXFABRIC_MAILBOX_BYTES) on all ranks");
+}
+
 Status Endpoint::OpenHeap() {
   JF_ASSIGN_OR_RETURN(heap_, SharedMemory::Create("jaxfabric-heap",
                                                   options_.heap.TotalBytes()));
-  JF_ASSIGN_OR_RETURN(
-      heap_keys_,
-      group_.RegisterMemory({heap_.data(), heap_.size(), heap_.fd()}));
+  JF_ASSIGN_OR_RETURN(heap_keys_, Register(heap_));
   if (group_.caps().direct_store && group_.size() == 1) return OkStatus();
   // Staging mirrors the mailboxes: what is sent to rank r lies where it will
   // lie in r's heap, but in r's stride instead of ours. Puts follow.
   JF_ASSIGN_OR_RETURN(
       staging_,
       SharedMemory::Create("jaxfabric-staging", options_.heap.TotalBytes()));
-  JF_ASSIGN_OR_RETURN(
-      staging_region_.keys,
-      group_.RegisterMemory({staging_.data(), staging_.size(), staging_.fd()}));
+  JF_ASSIGN_OR_RETURN(staging_region_.keys, Register(staging_));
   staging_region_.base = staging_.data();
   staging_region_.length = staging_.size();
   return OkStatus();

@@ -149,6 +149,7 @@ class Endpoint {
   // Whether no message comes from `peer` any more.
   static bool Gone(const Peer& peer);
   Status OpenHeap();
+  StatusOr<std::vector<uint64_t>> Register(const SharedMemory& memory);
   Status Write(uint32_t peer, const std::vector<Piece>& pieces, TransferId id,
                std::function<void()> done);
   void PackAndPost(const Outgoing& outgoing, Outbox::Place place);

@@ -70,6 +70,18 @@ struct GroupPeer {
 
 using GroupPeerPtr = std::shared_ptr<GroupPeer>;
 
+struct FenceRequest {
+  GroupPeerPtr peer;
+  LinkFrame frame;
+};
+
+// A region of a peer, as one of our Domains knows it. Null: no such peer.
+struct RemoteMemory {
+  Domain* domain = nullptr;
+  PeerId peer = kUnknownPeer;
+  uint64_t key = 0;
+};
+
 // What a cookie stands for.
 struct OpenPost {
   enum class Kind { kWrite, kMessage, kFrame };

@@ -9,16 +9,86 @@
 namespace jaxfabric {
 
 Status ImmCounterTable::Add(uint32_t id, uint64_t units,
-                            std::vector<std::function<void()>>* ready) {
+                            std::vector<std::function<void()>>* ready,
+                            uint32_t source) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (counters_.size() >= kIdsMax && !counters_.contains(id)) {
-    return Status(StatusCode::kResourceExhausted,
-                  "more than " + std::to_string(kIdsMax) +
-                      " ids hold transfers that nobody waits for");
+  const auto found = counters_.find(id);
+  if (found == counters_.end()) {
+    if (!MakeRoomLocked(source)) {
+      return Status(StatusCode::kResourceExhausted,
+                    "too many of the " + std::to_string(kIdsMax) +
+                        " ids hold transfers that nobody waits for");
+    }
+    HoldLocked(id, counters_[id], source);
+  } else if (found->second.early && found->second.holder == kNobody &&
+             source != kAnySource && MakeRoomLocked(source)) {
+    // That may have dropped what was there.
+    Counter& counter = counters_[id];
+    LetGoLocked(counter);
+    HoldLocked(id, counter, source);
   }
   counters_[id].units += units;
   SettleLocked(id, ready);
   return OkStatus();
+}
+
+bool ImmCounterTable::MakeRoomLocked(uint32_t source) {
+  const auto held = held_.find(source);
+  const size_t own =
+      source == kAnySource || held == held_.end() ? 0 : held->second;
+  while (early_ + own >= kIdsMax && !left_.empty()) {
+    const auto oldest = counters_.find(left_.front());
+    left_.pop_front();
+    if (oldest == counters_.end() || !oldest->second.early ||
+        oldest->second.holder != kNobody) {
+      continue;
+    }
+    EraseLocked(oldest);
+    ++evicted_;
+  }
+  return early_ + own < kIdsMax;
+}
+
+void ImmCounterTable::HoldLocked(uint32_t id, Counter& counter,
+                                 uint32_t holder) {
+  counter.early = true;
+  counter.holder = holder;
+  ++early_;
+  ++held_[holder];
+  if (holder == kNobody) left_.push_back(id);
+}
+
+void ImmCounterTable::LetGoLocked(Counter& counter) {
+  if (!counter.early) return;
+  counter.early = false;
+  --early_;
+  const auto held = held_.find(counter.holder);
+  if (--held->second == 0) held_.erase(held);
+}
+
+void ImmCounterTable::EraseLocked(Counters::iterator counter) {
+  LetGoLocked(counter->second);
+  counters_.erase(counter);
+}
+
+void ImmCounterTable::Leave(uint32_t source) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!held_.contains(source)) return;
+  std::erase_if(left_, [this](uint32_t id) {
+    const auto found = counters_.find(id);
+    return found == counters_.end() || !found->second.early ||
+           found->second.holder != kNobody;
+  });
+  for (auto& [id, counter] : counters_) {
+    if (!counter.early || counter.holder != source) continue;
+    LetGoLocked(counter);
+    HoldLocked(id, counter, kNobody);
+  }
+}
+
+uint64_t ImmCounterTable::evicted() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return evicted_;
 }
 
 void ImmCounterTable::SettleLocked(uint32_t id,
@@ -32,7 +102,12 @@ void ImmCounterTable::SettleLocked(uint32_t id,
     ready->push_back(std::move(first.callback));
     counter.expectations.pop_front();
   }
-  if (counter.units == 0 && counter.expectations.empty()) counters_.erase(id);
+  if (!counter.expectations.empty()) return;
+  if (counter.units == 0) {
+    EraseLocked(counters_.find(id));
+  } else if (!counter.early) {
+    HoldLocked(id, counter, kNobody);
+  }
 }
 
 ImmCounterTable::Handle ImmCounterTable::Expect(
@@ -44,9 +119,10 @@ ImmCounterTable::Handle ImmCounterTable::Expect(
   Counter& counter = counters_[id];
   if (counter.expectations.empty() && counter.units >= units) {
     counter.units -= units;
-    if (counter.units == 0) counters_.erase(id);
+    if (counter.units == 0) EraseLocked(counters_.find(id));
     return 0;
   }
+  LetGoLocked(counter);
   const Handle handle = next_handle_++;
   counter.expectations.push_back({handle, units, std::move(callback)});
   id_by_handle_[handle] = id;
@@ -92,9 +168,7 @@ void ImmCounterTable::Drop(uint32_t id, uint64_t units) {
   if (found == counters_.end()) return;
   Counter& counter = found->second;
   counter.units -= std::min(units, counter.units);
-  if (counter.units == 0 && counter.expectations.empty()) {
-    counters_.erase(found);
-  }
+  if (counter.units == 0 && counter.expectations.empty()) EraseLocked(found);
 }
 
 bool ImmCounterTable::HasPart(uint32_t id) const {

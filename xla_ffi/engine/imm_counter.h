@@ -4,7 +4,9 @@
 #ifndef JAXFABRIC_ENGINE_IMM_COUNTER_H_
 #define JAXFABRIC_ENGINE_IMM_COUNTER_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <list>
 #include <mutex>
@@ -23,11 +25,20 @@ class ImmCounterTable {
   // Ids that may hold counts which nobody has waited for yet. Beyond it a peer
   // floods us, and Add says so.
   static constexpr size_t kIdsMax = 1u << 16;
+  // Who counts, where that is not known.
+  static constexpr uint32_t kAnySource = ~uint32_t{0};
 
   // Counts `units` of a transfer under `id`. Callbacks whose count is reached
-  // are moved to `ready`, for the caller to run outside its locks.
+  // are moved to `ready`, for the caller to run outside its locks. No known
+  // `source` holds more ids than are free for the others.
   Status Add(uint32_t id, uint64_t units,
-             std::vector<std::function<void()>>* ready);
+             std::vector<std::function<void()>>* ready,
+             uint32_t source = kAnySource);
+  // A source will count no more. What it has counted stays as long as nobody
+  // else needs the room.
+  void Leave(uint32_t source);
+  // Ids whose counts were dropped for that reason.
+  uint64_t evicted() const;
 
   // Consumes `transfers` finished transfers of `id` as soon as they are there;
   // earlier callers of the same id come first. Returns 0 if they are there
@@ -59,17 +70,32 @@ class ImmCounterTable {
     uint64_t units;
     std::function<void()> callback;
   };
+  // For who has left, and for what somebody has given up to wait for.
+  static constexpr uint32_t kNobody = kAnySource - 1;
   struct Counter {
     uint64_t units = 0;
     std::list<Expectation> expectations;
+    bool early = false;  // nobody has waited for it since it came
+    uint32_t holder = kAnySource;
   };
+  using Counters = std::unordered_map<uint32_t, Counter>;
 
   // Meets the expectations of `id` that can be met, and forgets a counter that
   // says nothing any more. Needs mutex_.
   void SettleLocked(uint32_t id, std::vector<std::function<void()>>* ready);
+  // All of these need mutex_. Whether `source` may hold one more id; drops what
+  // nobody holds, if that helps.
+  bool MakeRoomLocked(uint32_t source);
+  void HoldLocked(uint32_t id, Counter& counter, uint32_t holder);
+  void LetGoLocked(Counter& counter);
+  void EraseLocked(Counters::iterator counter);
 
   mutable std::mutex mutex_;
-  std::unordered_map<uint32_t, Counter> counters_;     // guarded by mutex_
+  Counters counters_;                          // guarded by mutex_
+  std::unordered_map<uint32_t, size_t> held_;  // by holder; by mutex_
+  size_t early_ = 0;                           // guarded by mutex_
+  std::deque<uint32_t> left_;  // the oldest of kNobody's first; by mutex_
+  uint64_t evicted_ = 0;       // guarded by mutex_
   std::unordered_map<Handle, uint32_t> id_by_handle_;  // guarded by mutex_
   Handle next_handle_ = 1;                             // guarded by mutex_
   bool over_ = false;                                  // guarded by mutex_

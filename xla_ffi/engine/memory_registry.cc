@@ -84,8 +84,22 @@ StatusOr<MemoryRegistry::Region*> MemoryRegistry::Find(RegionId id) {
 }
 
 void MemoryRegistry::MarkStray(const std::string& peer) {
+  ++strays_;
   for (auto& [id, region] : regions_) {
-    if (region.target && region.described) region.stray = peer;
+    if (!region.target || !region.described) continue;
+    region.stray = peer;
+    region.stray_number = strays_;
+  }
+}
+
+bool MemoryRegistry::HasStray(RegionId id) const {
+  const auto found = regions_.find(id);
+  return found != regions_.end() && !found->second.stray.empty();
+}
+
+void MemoryRegistry::ClearStrays(uint64_t number) {
+  for (auto& [id, region] : regions_) {
+    if (region.stray_number <= number) region.stray.clear();
   }
 }
 
@@ -113,8 +127,9 @@ StatusOr<std::shared_ptr<const void>> MemoryRegistry::Remove(DomainGroup& group,
     return Status(StatusCode::kFailedPrecondition,
                   found->second.stray +
                       "; it may still have writes into the region under way, "
-                      "which this transport cannot stop: the region stays "
-                      "registered until the TransferEngine is closed");
+                      "which this transport cannot stop (over ofi/tcp, that "
+                      "of libfabric 2 can): the region stays registered until "
+                      "the TransferEngine is closed");
   }
   if (!found->second.local.keys.empty()) {
     JF_RETURN_IF_ERROR(group.UnregisterMemory(found->second.local.keys));

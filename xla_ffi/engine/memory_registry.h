@@ -28,6 +28,7 @@ class MemoryRegistry {
     std::shared_ptr<const void> owner;     // of foreign memory: keeps it
     bool described = false;                // so peers may know of it
     std::string stray;                     // who may write into it for ever
+    uint64_t stray_number = 0;             // the how manieth stray it was
     uint32_t users = 0;
     bool closing = false;
   };
@@ -45,6 +46,10 @@ class MemoryRegistry {
 
   // `peer` may have writes under way, for ever, into what peers know of.
   void MarkStray(const std::string& peer);
+  bool HasStray(RegionId id) const;
+  uint64_t strays() const { return strays_; }  // so far
+  // The first `number` of them were cut off.
+  void ClearStrays(uint64_t number);
 
   // Keeps new users away.
   void BeginRemoval(RegionId id);
@@ -61,6 +66,7 @@ class MemoryRegistry {
  private:
   std::unordered_map<RegionId, Region> regions_;
   RegionId next_ = 1;
+  uint64_t strays_ = 0;
 };
 
 }  // namespace jaxfabric

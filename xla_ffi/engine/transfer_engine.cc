@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <iterator>
+#include <unordered_set>
 #include <utility>
 
 #include "base/check.h"
@@ -23,30 +22,14 @@ constexpr int64_t kSleepMaxNs = 50'000'000;
 constexpr int64_t kIdlePollNs = 1'000'000;
 // About a round trip over a network: who waits for longer sleeps meanwhile.
 constexpr int64_t kHelpNs = 50'000;
+// Who has had the mutex for so long is at something that takes longer than
+// waking the worker, as posting to a device that works in its caller's thread.
+constexpr int64_t kBusyNs = 50'000;
 // So long, writes that were posted may take to end after their deadline. Then
 // only cutting the connection takes the buffers back.
 constexpr int64_t kTakeBackNs = 2'000'000'000;
 // So long, peers may take to accept a farewell.
 constexpr double kFarewellS = 0.5;
-// More of them make an error no clearer.
-constexpr size_t kNamesMax = 3;
-
-std::string Seconds(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, seconds < 10 ? "%.2g s" : "%.0f s", seconds);
-  return text;
-}
-
-// For who waits in vain: perhaps somebody answers whom we do not understand.
-std::string RefusedFrames(const TransferEngineStats& stats,
-                          const std::vector<DomainStats>& nics) {
-  uint64_t refused = stats.refused_seal + stats.refused_version;
-  for (const DomainStats& nic : nics) refused += nic.refused_frames;
-  if (refused == 0) return "";
-  return "; " + std::to_string(refused) +
-         " messages of another version or token were dropped so far: do both "
-         "sides have the same jaxfabric and the same token=?";
-}
 
 Status ClosedStatus() {
   return Status(StatusCode::kFailedPrecondition,
@@ -141,6 +124,12 @@ TransferEngine::~TransferEngine() {
       if (idle || farewell.Expired()) break;
       doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
     }
+    // Those who ask for memory find that nobody wants it any more.
+    for (lock.lock(); mapped_.tasks > 0; lock.lock()) {
+      lock.unlock();
+      doorbell.Wait(doorbell.Sequence(), Deadline::AfterNanoseconds(1'000'000));
+    }
+    lock.unlock();
     stop_.store(true, std::memory_order_release);
     doorbell.Ring();
     worker_.join();
@@ -206,74 +195,9 @@ void TransferEngine::FinishLocked(const SubmissionPtr& submission,
   if (submission->kind == SubmissionKind::kWrites && group_ != nullptr) {
     // Not here: the group may be in the middle of something.
     if (registry_.Release(submission->region)) {
-      unused_.push_back(submission->region);
+      ending_.unused.push_back(submission->region);
     }
   }
-}
-
-std::string TransferEngine::DescribeLocked(const Submission& submission) const {
-  const double elapsed_s = static_cast<double>(MonotonicNanoseconds() -
-                                               submission.future->begin_ns()) /
-                           1e9;
-  std::string text = submission.future->label() + ": " + Seconds(elapsed_s) +
-                     " into a time limit of " + Seconds(submission.timeout_s) +
-                     ", ";
-  std::string missing;
-  const auto list = [&](uint32_t peer) {
-    missing += (missing.empty() ? "" : ", ") + NameLocked(peer);
-  };
-  switch (submission.kind) {
-    case SubmissionKind::kWrites:
-    case SubmissionKind::kSend:
-      for (const Submission::Part& part : submission.parts) {
-        if (part.open && missing.size() < 500) list(part.peer);
-      }
-      return text + std::to_string(submission.open_parts) + " of " +
-             std::to_string(submission.parts.size()) +
-             (submission.kind == SubmissionKind::kWrites
-                  ? " transfers have not ended: to "
-                  : " messages are not sent: to ") +
-             missing;
-    case SubmissionKind::kBarrier:
-      for (const auto& [peer, count] : submission.arrivals) {
-        const auto found = peers_.find(peer);
-        if (found == peers_.end() ||
-            found->second->barriers[*submission.id].theirs < count) {
-          list(peer);
-        }
-      }
-      return text + "waiting for " + missing;
-    case SubmissionKind::kExpect:
-      for (const uint32_t peer : submission.sources) list(peer);
-      text += std::to_string(counters_.Transfers(*submission.id)) + " of " +
-              std::to_string(submission.transfers) + " transfers have come";
-      if (!missing.empty()) text += " from " + missing;
-      missing.clear();
-      for (auto lost = lost_.rbegin(); lost != lost_.rend(); ++lost) {
-        const size_t named =
-            static_cast<size_t>(std::distance(lost_.rbegin(), lost));
-        if (named == kNamesMax) {
-          missing += " and " + std::to_string(lost_.size() - named) + " more";
-          break;
-        }
-        list(lost->first);
-      }
-      if (!missing.empty()) text += "; lost meanwhile or before: " + missing;
-      return text;
-    case SubmissionKind::kConnect:
-      return text + "no answer from " + NameLocked(submission.peer) +
-             RefusedFrames(stats_, group_->stats());
-    case SubmissionKind::kUnregister:
-      for (const uint32_t peer : submission.unanswered) list(peer);
-      text += std::to_string(registry_.Users(submission.region)) +
-              " operations still use the region";
-      if (!missing.empty()) {
-        text += ", and these have not said that they write no more into it: " +
-                missing;
-      }
-      return text + "; the region stays registered";
-  }
-  return text;
 }
 
 // Ends an operation early: at once where nobody else holds its buffers, else
@@ -287,8 +211,12 @@ void TransferEngine::StopLocked(const SubmissionPtr& submission,
     case SubmissionKind::kWrites:
       submission->stopped_ns = MonotonicNanoseconds();
       for (size_t i = 0; i < submission->parts.size(); ++i) {
-        const Submission::Part& part = submission->parts[i];
-        if (part.open && part.handle != 0) group_->Cancel(part.handle);
+        Submission::Part& part = submission->parts[i];
+        if (std::exchange(part.unmapped, false)) {
+          EndPartLocked(submission, i, why);
+        } else if (part.open && part.handle != 0) {
+          group_->Cancel(part.handle);
+        }
       }
       return;
     case SubmissionKind::kExpect:
@@ -296,7 +224,7 @@ void TransferEngine::StopLocked(const SubmissionPtr& submission,
       if (!counters_.Cancel(submission->expectation, &ready)) return;
       break;
     case SubmissionKind::kUnregister:
-      unregistering_.erase(submission->region);
+      ending_.regions.erase(submission->region);
       registry_.AbandonRemoval(submission->region);
       break;
     case SubmissionKind::kConnect:
@@ -409,9 +337,9 @@ void TransferEngine::HandleLocked(DomainGroup::Event& event) {
   }
 }
 
-void TransferEngine::Progress() {
+bool TransferEngine::Progress() {
   std::lock_guard<std::mutex> lock(mutex_);
-  ProgressLocked();
+  return ProgressLocked();
 }
 
 bool TransferEngine::ProgressLocked() {
@@ -423,8 +351,8 @@ bool TransferEngine::ProgressLocked() {
   return moved;
 }
 
-// The worker never sleeps on the mutex: waking it would be work for whoever
-// submits something.
+// The worker does not sleep on the mutex at once: waking it would be work for
+// whoever submits something.
 std::optional<bool> TransferEngine::ProgressUnlessBusy() {
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (!lock.owns_lock()) return std::nullopt;
@@ -432,16 +360,19 @@ std::optional<bool> TransferEngine::ProgressUnlessBusy() {
 }
 
 void TransferEngine::Help(const TransferFuture& future, Deadline deadline) {
-  const Deadline until =
-      std::min(deadline, Deadline::AfterNanoseconds(kHelpNs));
   if (future.done()) return;
-  Doorbell& doorbell = transport_->doorbell();
-  doorbell.Mute();
-  while (!future.done() && !until.Expired()) {
-    // Where cores are few, what it waits for may need this one.
-    if (!ProgressUnlessBusy().value_or(false)) std::this_thread::yield();
+  const auto soon = [&] {
+    return std::min(deadline, Deadline::AfterNanoseconds(kHelpNs));
+  };
+  const DoorbellMute mute(transport_->doorbell());
+  for (Deadline until = soon(); !future.done() && !until.Expired();) {
+    if (ProgressUnlessBusy().value_or(false)) {
+      until = soon();  // the worker would have as much to do
+    } else {
+      // Where cores are few, what it waits for may need this one.
+      std::this_thread::yield();
+    }
   }
-  doorbell.Unmute();
 }
 
 int64_t TransferEngine::SleepNs() {
@@ -456,12 +387,22 @@ void TransferEngine::Work() {
   KeepThisThreadOn(options_.worker_cores);
   Doorbell& doorbell = transport_->doorbell();
   int64_t last_moved_ns = MonotonicNanoseconds();
+  int64_t busy_since_ns = 0;  // 0: it was not
   uint32_t looked = doorbell.Sequence();
   while (!stop_.load(std::memory_order_acquire)) {
     const uint32_t seen = doorbell.Sequence();
-    const std::optional<bool> moved = ProgressUnlessBusy();
-    if (moved) looked = seen;
-    const int64_t now_ns = MonotonicNanoseconds();
+    std::optional<bool> moved = ProgressUnlessBusy();
+    int64_t now_ns = MonotonicNanoseconds();
+    if (!moved && busy_since_ns == 0) busy_since_ns = now_ns;
+    if (!moved && now_ns - busy_since_ns >= kBusyNs) {
+      // The doorbell may ring on and on until somebody polls.
+      moved = Progress();
+      now_ns = MonotonicNanoseconds();
+    }
+    if (moved) {
+      looked = seen;
+      busy_since_ns = 0;
+    }
     if (now_ns - last_housekeeping_ns_ >= kSleepMaxNs) {
       std::lock_guard<std::mutex> lock(mutex_);
       HousekeepLocked(now_ns);

@@ -7,7 +7,7 @@
 //
 // Every operation gives a TransferFuture and ends by its deadline, or shortly
 // after it: once no NIC touches its buffers. Thread-safe; callbacks run on the
-// ElasticPool and may call the engine, but must not destroy it.
+// CallbackQueue and may call the engine, but must not destroy it.
 
 #ifndef JAXFABRIC_ENGINE_TRANSFER_ENGINE_H_
 #define JAXFABRIC_ENGINE_TRANSFER_ENGINE_H_
@@ -23,7 +23,6 @@
 #include <string_view>
 #include <thread>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "base/deadline.h"
@@ -35,7 +34,6 @@
 #include "engine/immediate.h"
 #include "engine/memory_registry.h"
 #include "engine/message_inbox.h"
-#include "engine/region_address.h"
 #include "engine/spoilt_ids.h"
 #include "engine/transfer_frame.h"
 #include "engine/transfer_future.h"
@@ -89,14 +87,12 @@ class TransferEngine {
   std::shared_ptr<SharedMemory> Memory(RegionId region);
 
   // --- Messages: whole, and in the order in which the peer sent them. ---
-
   Submitted SubmitSend(uint32_t peer, const std::string& message,
                        MaybeDeadline deadline = {});
   void SubmitRecvs(MessageInbox::Callback callback);
   MessageInbox& inbox() { return *inbox_; }
 
   // --- Transfers. Without an id they are not counted at the receiver. ---
-
   Submitted SubmitSingleWrite(RegionId source, uint64_t source_offset,
                               const RegionAddress& target,
                               uint64_t target_offset, uint64_t length,
@@ -149,7 +145,7 @@ class TransferEngine {
   std::optional<bool> ProgressUnlessBusy();
   int64_t SleepNs();
   // And, for who waits. Functions named ...Locked need mutex_.
-  void Progress();
+  bool Progress();
 
   // transfer_engine.cc
   bool ProgressLocked();
@@ -169,11 +165,18 @@ class TransferEngine {
                          std::optional<uint32_t> id, MaybeDeadline deadline);
   Status PrepareLocked(const LocalRegion& source, std::optional<uint32_t> id,
                        std::vector<PendingWrite>* writes);
-  void PostLocked(const SubmissionPtr& submission, const LocalRegion& local,
-                  const std::vector<PendingWrite>& writes);
+  void PostLocked(const SubmissionPtr& submission, size_t part,
+                  const LocalRegion& local, const PendingWrite& write);
   void EndPartLocked(const SubmissionPtr& submission, size_t part,
                      const Status& status);
   void CheckBarriersLocked();
+
+  // transfer_engine_mapped.cc
+  Status FindMappedLocked(PendingWrite* write);
+  void CopyAndPost(const SubmissionPtr& submission, const std::byte* source,
+                   std::vector<PendingWrite>* writes,
+                   std::unique_lock<std::mutex>* lock);
+  void MapAndWrite(uint32_t peer, RemoteMemory remote);
 
   // transfer_engine_spoilt.cc
   void CountLocked(TransferPeer* peer, Immediate immediate);
@@ -222,16 +225,13 @@ class TransferEngine {
   bool closing_ = false;
   uint64_t next_number_ = 1;
   std::map<uint64_t, SubmissionPtr> live_;  // by number: the oldest first
-  std::unordered_map<RegionId, SubmissionPtr> unregistering_;
-  std::vector<RegionId> unused_;  // to be unregistered
+  EndingRegions ending_;
   std::vector<SubmissionPtr> barriers_;
   uint32_t next_peer_ = 0;
   std::map<uint32_t, std::unique_ptr<TransferPeer>> peers_;
   std::unordered_map<RandomId, uint32_t> peer_by_engine_;
   std::map<uint32_t, std::string> lost_;  // why; the latest kLostMax
-  // Copies into the mapped memory of peers, which must stay mapped meanwhile.
-  std::unordered_map<uint32_t, uint32_t> copies_;
-  std::unordered_set<uint32_t> to_remove_;  // once their copies have ended
+  MappedWrites mapped_;
   NonceMemory nonces_{kNoncesMax};
   SpoiltIds spoilt_;
   std::map<PeerGroupId, std::vector<uint32_t>> groups_;

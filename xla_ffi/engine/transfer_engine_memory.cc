@@ -74,6 +74,7 @@ void TransferEngine::SubmitRecvs(MessageInbox::Callback callback) {
 TransferEngineStats TransferEngine::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   TransferEngineStats stats = stats_;
+  stats.counts_dropped += counters_.evicted();
   stats.nics = group_->stats();
   for (const auto& [name, peer] : peers_) {
     TransferPeerStats& of_peer = stats.peers[name] = peer->stats;

@@ -33,12 +33,6 @@ int64_t Nanoseconds(double seconds) {
 
 std::string Bytes(const TransferFrame& frame) { return frame.Encode(); }
 
-// A NIC refuses a write once its region is gone; software that has begun to
-// receive one goes on.
-bool WritesOutliveRegions(const DomainCaps& caps) {
-  return caps.emulated_writes || std::string_view(caps.transport) == "ofi/tcp";
-}
-
 }  // namespace
 
 std::string TransferEngine::NameLocked(uint32_t peer) const {
@@ -282,7 +276,7 @@ void TransferEngine::ConnectedLocked(TransferPeer& peer) {
     FinishLocked(submission, OkStatus(), peer.name);
   }
   // It may have been told of these regions before it connected.
-  for (const auto& [region, submission] : unregistering_) {
+  for (const auto& [region, submission] : ending_.regions) {
     if (!submission->told) continue;
     submission->unanswered.push_back(peer.name);
     group_->SubmitSend(peer.name, Bytes({.type = Type::kWithdraw,
@@ -430,21 +424,26 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
       continue;
     }
     // Writes and messages end in the group; this is their reason.
-    for (const Submission::Part& part : submission->parts) {
-      if (part.open && part.peer == name && submission->failure.ok()) {
+    for (size_t i = 0; i < submission->parts.size(); ++i) {
+      Submission::Part& part = submission->parts[i];
+      if (!part.open || part.peer != name) continue;
+      if (submission->failure.ok()) {
         submission->failure = failed;
         submission->lost = name;
       }
+      if (std::exchange(part.unmapped, false)) {
+        EndPartLocked(submission, i, failed);
+      }
     }
   }
-  if (copies_.contains(name)) {
-    to_remove_.insert(name);
+  if (mapped_.copies.contains(name)) {
+    mapped_.to_remove.insert(name);
   } else {
     group_->RemovePeer(name);
   }
   // What it had under way here ends first where it said goodbye; or where it
   // has come back: then it says so itself.
-  if (WritesOutliveRegions(caps_) && gone->connected && !gone->farewell &&
+  if (caps_.writes_outlive_regions && gone->connected && !gone->farewell &&
       !gone->came_back) {
     registry_.MarkStray(NameLocked(name));
   }
@@ -453,10 +452,10 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
 }
 
 void TransferEngine::EndCopyLocked(uint32_t peer) {
-  const auto copies = copies_.find(peer);
+  const auto copies = mapped_.copies.find(peer);
   if (--copies->second > 0) return;
-  copies_.erase(copies);
-  if (to_remove_.erase(peer) > 0) group_->RemovePeer(peer);
+  mapped_.copies.erase(copies);
+  if (mapped_.to_remove.erase(peer) > 0) group_->RemovePeer(peer);
 }
 
 void TransferEngine::SayGoodbyeLocked(TransferPeer& peer,

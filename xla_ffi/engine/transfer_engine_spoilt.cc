@@ -24,8 +24,11 @@ void TransferEngine::CountLocked(TransferPeer* peer, Immediate immediate) {
   }
   if (peer != nullptr) peer->units_received += units;
   std::vector<std::function<void()>> ready;
-  if (units == 0 || !counters_.Add(immediate.id, units, &ready).ok()) {
+  const uint32_t source =
+      peer == nullptr ? ImmCounterTable::kAnySource : peer->name;
+  if (units == 0 || !counters_.Add(immediate.id, units, &ready, source).ok()) {
     ++stats_.counts_dropped;
+    if (peer != nullptr) ++peer->stats.counts_dropped;
     return;
   }
   if (peer != nullptr && units < kTransferUnits) {
@@ -103,6 +106,7 @@ void TransferEngine::SpoilLocked(uint32_t id, const std::string& why) {
 
 void TransferEngine::ForgetPartsLocked(const TransferPeer& peer) {
   for (const auto& [id, units] : peer.parts) counters_.Drop(id, units);
+  counters_.Leave(peer.name);
   for (const auto& [id, nothing] : peer.their_ids.values()) {
     if (!counters_.HasPart(id)) continue;
     SpoilLocked(id, "peer " + std::to_string(peer.name) + " " +

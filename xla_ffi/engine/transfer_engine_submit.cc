@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_set>
 #include <utility>
 
 #include "engine/immediate.h"
@@ -150,13 +151,7 @@ Status TransferEngine::PrepareLocked(const LocalRegion& source,
     }
     if (id) JF_RETURN_IF_ERROR(spoilt_.Check(peer->address.id, *id));
     write.peer = peer->name;
-    if (!caps_.direct_store) continue;
-    write.mapped = group_->DirectPointer(write.peer, memory, 0, memory.length);
-    if (write.mapped == nullptr) {
-      return Status(StatusCode::kNotFound,
-                    NameLocked(write.peer) +
-                        " has no such region (any more); was it unregistered?");
-    }
+    if (caps_.direct_store) JF_RETURN_IF_ERROR(FindMappedLocked(&write));
   }
   return OkStatus();
 }
@@ -164,6 +159,8 @@ Status TransferEngine::PrepareLocked(const LocalRegion& source,
 TransferEngine::Submitted TransferEngine::SubmitWrites(
     std::string label, RegionId source, std::vector<PendingWrite> writes,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
+  // It polls below; a device that works in its caller's thread is done by then.
+  const DoorbellMute mute(transport_->doorbell());
   std::unique_lock<std::mutex> lock(mutex_);
   auto found = registry_.Find(source);
   if (!found.ok()) return found.status().Annotate(label);
@@ -189,30 +186,15 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
   // One more, so that it does not end before the last is posted.
   submission->open_parts = writes.size() + 1;
   if (caps_.direct_store) {
-    // What is stored through the mapping only needs its count. Copies run side
-    // by side, and hold up nobody.
-    const std::byte* const from = region.local.base;
-    for (const PendingWrite& write : writes) ++copies_[write.peer];
-    lock.unlock();
-    for (PendingWrite& write : writes) {
-      const TraceScope tracing(group_->trace(), [&] {
-        const auto part = static_cast<size_t>(&write - writes.data());
-        return TraceEvent{.name = "copy",
-                          .parent = submission->span,
-                          .peer = write.peer,
-                          .bytes = submission->parts[part].bytes};
-      });
-      for (const Piece& piece : write.pieces) {
-        std::memcpy(write.mapped + piece.remote_offset,
-                    from + piece.local_offset, piece.length);
-      }
-      write.pieces.clear();
-    }
-    lock.lock();
-    PostLocked(submission, {}, writes);
-    for (const PendingWrite& write : writes) EndCopyLocked(write.peer);
+    CopyAndPost(submission, region.local.base, &writes, &lock);
   } else {
-    PostLocked(submission, region.local, writes);
+    for (size_t i = 0; i < writes.size(); ++i) {
+      PostLocked(submission, i, region.local, writes[i]);
+    }
+  }
+  if (--submission->open_parts == 0) {
+    FinishLocked(submission,
+                 submission->part_failed ? submission->failure : OkStatus());
   }
   // A write over shared memory has ended by now: no need to wait for the
   // worker.
@@ -220,39 +202,32 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
   return submission->future;
 }
 
-void TransferEngine::PostLocked(const SubmissionPtr& submission,
+void TransferEngine::PostLocked(const SubmissionPtr& submission, size_t part,
                                 const LocalRegion& local,
-                                const std::vector<PendingWrite>& writes) {
-  for (size_t i = 0; i < writes.size(); ++i) {
-    const PendingWrite& write = writes[i];
-    // It may have been stopped, or lost its peer, while it was copied.
-    if (submission->stopped_ns || !peers_.contains(write.peer)) {
-      EndPartLocked(submission, i,
-                    Status(StatusCode::kUnavailable,
-                           NameLocked(write.peer) + " was lost meanwhile"));
-      continue;
-    }
-    if (write.mapped != nullptr && !submission->id) {
-      EndPartLocked(submission, i, OkStatus());  // it was all in the copy
-      continue;
-    }
-    if (submission->id && write.mapped == nullptr) {
-      AnnounceLocked(*peers_.at(write.peer), *submission->id, write);
-    }
-    const auto posted = group_->SubmitWrite(
-        write.peer, local, write.target->memory, write.pieces, submission->id,
-        [this, submission, i](const Status& status) {
-          EndPartLocked(submission, i, status);
-        });
-    if (posted.ok()) {
-      submission->parts[i].handle = *posted;
-    } else {
-      EndPartLocked(submission, i, posted.status());
-    }
+                                const PendingWrite& write) {
+  // It may have been stopped, or lost its peer, while it was copied.
+  if (submission->stopped_ns || !peers_.contains(write.peer)) {
+    EndPartLocked(submission, part,
+                  Status(StatusCode::kUnavailable,
+                         NameLocked(write.peer) + " was lost meanwhile"));
+    return;
   }
-  if (--submission->open_parts == 0) {
-    FinishLocked(submission,
-                 submission->part_failed ? submission->failure : OkStatus());
+  if (write.mapped != nullptr && !submission->id) {
+    EndPartLocked(submission, part, OkStatus());  // it was all in the copy
+    return;
+  }
+  if (submission->id && write.mapped == nullptr) {
+    AnnounceLocked(*peers_.at(write.peer), *submission->id, write);
+  }
+  const auto posted = group_->SubmitWrite(
+      write.peer, local, write.target->memory, write.pieces, submission->id,
+      [this, submission, part](const Status& status) {
+        EndPartLocked(submission, part, status);
+      });
+  if (posted.ok()) {
+    submission->parts[part].handle = *posted;
+  } else {
+    EndPartLocked(submission, part, posted.status());
   }
 }
 

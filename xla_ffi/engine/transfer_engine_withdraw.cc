@@ -7,7 +7,10 @@
 //
 // A peer that does not answer in time is named, and R stays. One that is lost
 // need not answer: the group has removed it. Where its writes may land all the
-// same, R stays.
+// same (caps().writes_outlive_regions), it is cut off first; and where that
+// cannot be done, R stays. Only regions that were described to it have to wait
+// for this, and only when they end: others should not have to pause for a peer
+// that dies.
 
 #include <algorithm>
 #include <utility>
@@ -28,7 +31,7 @@ TransferEngine::Submitted TransferEngine::UnregisterMemory(
       BeginLocked(SubmissionKind::kUnregister, "unregister_memory", deadline));
   registry_.BeginRemoval(id);
   submission->region = id;
-  unregistering_[id] = submission;
+  ending_.regions[id] = submission;
   const TransferFrame frame = {
       .type = Type::kWithdraw, .a = submission->future->number(), .b = id};
   submission->told = region->target && region->described;
@@ -37,7 +40,7 @@ TransferEngine::Submitted TransferEngine::UnregisterMemory(
     submission->unanswered.push_back(name);
     group_->SubmitSend(name, frame.Encode());
   }
-  unused_.push_back(id);
+  ending_.unused.push_back(id);
   RemoveUnusedLocked();
   return submission->future;
 }
@@ -102,22 +105,35 @@ void TransferEngine::AnswerWithdrawalLocked(TransferPeer& peer,
 
 // Also for a peer that is lost, and whatever it was asked: `number` 0.
 void TransferEngine::HandleWithdrawnLocked(uint32_t peer, uint64_t number) {
-  for (const auto& [region, submission] : unregistering_) {
+  for (const auto& [region, submission] : ending_.regions) {
     if (number != 0 && submission->future->number() != number) continue;
     if (std::erase(submission->unanswered, peer) == 0) continue;
-    if (submission->unanswered.empty()) unused_.push_back(region);
+    if (submission->unanswered.empty()) ending_.unused.push_back(region);
   }
 }
 
 void TransferEngine::RemoveUnusedLocked() {
-  for (const RegionId region : std::exchange(unused_, {})) {
-    const auto waits = unregistering_.find(region);
-    if (waits == unregistering_.end()) continue;  // it gave up meanwhile
+  if (ending_.fencing_strays && group_->RemovedAreFenced()) {
+    registry_.ClearStrays(*std::exchange(ending_.fencing_strays, std::nullopt));
+    // One may have come meanwhile.
+    const auto exposed = std::exchange(ending_.exposed, {});
+    ending_.unused.insert(ending_.unused.end(), exposed.begin(), exposed.end());
+  }
+  for (const RegionId region : std::exchange(ending_.unused, {})) {
+    const auto waits = ending_.regions.find(region);
+    if (waits == ending_.regions.end()) continue;  // it gave up meanwhile
     const SubmissionPtr submission = waits->second;
     if (!submission->unanswered.empty() || registry_.Users(region) > 0) {
       continue;
     }
-    unregistering_.erase(waits);
+    if (caps_.removal_fences && registry_.HasStray(region)) {
+      ending_.exposed.push_back(region);
+      if (ending_.fencing_strays) continue;
+      ending_.fencing_strays = registry_.strays();
+      group_->FenceRemoved();
+      continue;
+    }
+    ending_.regions.erase(waits);
     auto removed = registry_.Remove(*group_, region);
     FinishLocked(submission,
                  removed.status().Annotate(submission->future->label()));

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <utility>
 
-#include "base/elastic_pool.h"
+#include "engine/callback_queue.h"
 
 namespace jaxfabric {
 
@@ -32,8 +32,8 @@ void TransferFuture::OnDone(Callback callback) {
     }
     status = status_;
   }
-  ElasticPool::Get().Post([callback = std::move(callback),
-                           status = std::move(status)] { callback(status); });
+  CallbackQueue::Get().Post([callback = std::move(callback),
+                             status = std::move(status)] { callback(status); });
 }
 
 void TransferFuture::Finish(const Status& status, uint32_t peer) {
@@ -48,7 +48,7 @@ void TransferFuture::Finish(const Status& status, uint32_t peer) {
     changed_.notify_all();
   }
   for (Callback& callback : callbacks) {
-    ElasticPool::Get().Post(
+    CallbackQueue::Get().Post(
         [callback = std::move(callback), status] { callback(status); });
   }
 }

@@ -44,7 +44,7 @@ class TransferFuture {
   // kUnknownPeer.
   uint32_t peer() const;
 
-  // Runs once, on the ElasticPool; may block.
+  // Runs once, on the CallbackQueue; may block.
   void OnDone(Callback callback);
 
   // For the engine. The first outcome counts.

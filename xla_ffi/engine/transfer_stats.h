@@ -19,6 +19,8 @@ struct TransferPeerStats {
   uint64_t transfer_bytes_sent = 0;
   uint64_t transfers_failed = 0;
   uint64_t transfers_received = 0;  // counted ones, where the NIC names peers
+  // Under more ids that nobody waits for than it may hold; there.
+  uint64_t counts_dropped = 0;
   uint64_t messages_sent = 0;
   uint64_t messages_received = 0;
 };

@@ -4,8 +4,12 @@
 #define JAXFABRIC_ENGINE_TRANSFER_SUBMISSION_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "base/deadline.h"
@@ -43,8 +47,9 @@ struct Submission {
     uint64_t bytes = 0;
     TransferHandle handle = 0;
     bool open = false;
-    uint64_t target = 0;  // kWrites: the receiver's region
-    RandomId receiver;    // kWrites
+    uint64_t target = 0;    // kWrites: the receiver's region
+    RandomId receiver;      // kWrites
+    bool unmapped = false;  // kWrites: nobody reads the source yet
   };
   // kBarrier: done once the peer has come `count` times.
   struct Arrival {
@@ -81,6 +86,36 @@ struct Submission {
 };
 
 using SubmissionPtr = std::shared_ptr<Submission>;
+
+// A part that waits until its peer has said where its region is.
+struct UnmappedWrite {
+  SubmissionPtr submission;
+  size_t part = 0;
+  const std::byte* source = nullptr;  // the region
+  RegionAddress target;
+  std::vector<Piece> pieces;
+};
+
+// What is copied into the memory of peers.
+struct MappedWrites {
+  // Copies under way, by peer: it must stay mapped meanwhile.
+  std::unordered_map<uint32_t, uint32_t> copies;
+  std::unordered_set<uint32_t>
+      to_remove;  // peers, once their copies have ended
+  // Writes into regions that are not mapped yet, by peer and key.
+  std::map<std::pair<uint32_t, uint64_t>, std::vector<UnmappedWrite>> waiting;
+  uint32_t tasks = 0;  // that ask for them
+};
+
+// Regions that are to be unregistered.
+struct EndingRegions {
+  std::unordered_map<RegionId, SubmissionPtr> regions;
+  std::vector<RegionId> unused;  // perhaps: to be looked at
+  // Unused, but lost peers may write into them until they are cut off.
+  std::vector<RegionId> exposed;
+  // How many of the registry's strays are being cut off.
+  std::optional<uint64_t> fencing_strays;
+};
 
 }  // namespace jaxfabric
 

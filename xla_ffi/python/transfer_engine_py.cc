@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/callback_queue.h"
 #include "engine/transfer_engine.h"
 #include "python/callback.h"
 #include "python/open_transport.h"
@@ -92,6 +93,8 @@ PageList Pages(const Indices& indices, uint64_t stride, uint64_t offset) {
 
 // So long, Close waits for threads that are inside a call.
 constexpr std::chrono::seconds kCloseMax{10};
+// And for callbacks of operations that it has ended.
+constexpr double kCallbacksMaxS = 1;
 
 class NativeTransferEngine {
  public:
@@ -141,6 +144,8 @@ class NativeTransferEngine {
     engine->BeginClose();
     engine.reset();
     gone_.wait_for(kCloseMax);
+    // One that wants the GIL when the interpreter ends would abort the process.
+    CallbackQueue::Get().Drain(Deadline::AfterSeconds(kCallbacksMaxS));
   }
 
   nb::bytes Address() const {
@@ -368,6 +373,7 @@ nb::dict PeerRow(const TransferPeerStats& stats) {
   row["transfer_bytes_sent"] = stats.transfer_bytes_sent;
   row["transfers_failed"] = stats.transfers_failed;
   row["transfers_received"] = stats.transfers_received;
+  row["counts_dropped"] = stats.counts_dropped;
   row["messages_sent"] = stats.messages_sent;
   row["messages_received"] = stats.messages_received;
   return row;

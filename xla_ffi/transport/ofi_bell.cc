@@ -17,8 +17,10 @@
 namespace jaxfabric {
 namespace {
 
-// Who polls again does so within a few microseconds.
-constexpr int64_t kGraceNs = 30'000;
+// Who polls again does so within a few microseconds, or within a time like that
+// which it took, if a device works in its caller's thread.
+constexpr int64_t kGraceMinNs = 30'000;
+constexpr int64_t kGraceMaxNs = 1'000'000;
 
 Status SystemError(const char* call) {
   return Status(StatusCode::kResourceExhausted,
@@ -85,14 +87,17 @@ void OfiBell::SetTimer(int64_t after_ns) const {
 
 void OfiBell::Mute() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (mutes_++ > 0) return;
+  if (mutes_.fetch_add(1, std::memory_order_acq_rel) > 0) return;
+  muted_ns_ = MonotonicNanoseconds();
   if (!listens_) SetTimer(0);
   ListenLocked(false);
 }
 
 void OfiBell::Unmute() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (--mutes_ == 0) SetTimer(kGraceNs);
+  if (mutes_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  SetTimer(
+      std::clamp(MonotonicNanoseconds() - muted_ns_, kGraceMinNs, kGraceMaxNs));
 }
 
 void OfiBell::Wake() {
@@ -128,7 +133,7 @@ void OfiBell::Listen() {
   // None if it was set anew meanwhile: then somebody polls, or just did.
   if (read(timer_.get(), &expirations, sizeof(expirations)) < 0) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  if (mutes_ == 0) ListenLocked(true);
+  if (!muted()) ListenLocked(true);
 }
 
 }  // namespace jaxfabric

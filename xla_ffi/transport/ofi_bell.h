@@ -3,11 +3,13 @@
 // Whoever waits sleeps on the descriptors themselves, so that news of a NIC
 // wakes it without another thread in between. After Unmute it takes a moment
 // until they wake somebody again: who has just polled often polls again soon,
-// and a thread that wakes up in between would be in its way.
+// and a thread that wakes up in between would be in its way. The moment is
+// about as long as the bell was mute, for that says how fast things go here.
 
 #ifndef JAXFABRIC_TRANSPORT_OFI_BELL_H_
 #define JAXFABRIC_TRANSPORT_OFI_BELL_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -33,6 +35,9 @@ class OfiBell final : public Doorbell {
   void Wait(uint32_t seen, Deadline deadline) override;
   void Mute() override;
   void Unmute() override;
+  // Somebody polls, and Wait returns some time after it has ended: until then
+  // descriptors need not become readable.
+  bool muted() const { return mutes_.load(std::memory_order_acquire) > 0; }
 
  private:
   OfiBell() : Doorbell(&own_words_) {}
@@ -46,9 +51,10 @@ class OfiBell final : public Doorbell {
   UniqueFd rung_;   // readable once Wake was called
   UniqueFd timer_;  // readable some time after Unmute
   std::mutex mutex_;
-  std::vector<int> fds_;  // guarded by mutex_
-  uint32_t mutes_ = 0;    // guarded by mutex_
-  bool listens_ = true;   // to fds_; guarded by mutex_
+  std::vector<int> fds_;             // guarded by mutex_
+  std::atomic<uint32_t> mutes_ = 0;  // written under mutex_
+  int64_t muted_ns_ = 0;             // since when; guarded by mutex_
+  bool listens_ = true;              // to fds_; guarded by mutex_
 };
 
 }  // namespace jaxfabric

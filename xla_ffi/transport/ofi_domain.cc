@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <utility>
 
@@ -38,6 +39,12 @@ bool IsNoConnection(int64_t error) {
   }
 }
 
+// libfabric's shm maps an endpoint once for its whole process: where two
+// endpoints of one process talk to each other, the one that stays crashes when
+// the other is closed, and at times before (2.5.1, in fi_send and fi_cq_read).
+// Between processes it does not.
+std::atomic<bool> shm_is_open{false};
+
 }  // namespace
 
 StatusOr<std::unique_ptr<OfiDomain>> OfiDomain::Open(
@@ -50,6 +57,15 @@ StatusOr<std::unique_ptr<OfiDomain>> OfiDomain::Open(
 
 Status OfiDomain::Start(const OfiLibrary& library, OfiProvider provider,
                         const fi_info& info) {
+  if (provider == OfiProvider::kShm) {
+    if (shm_is_open.exchange(true, std::memory_order_acq_rel)) {
+      return Status(StatusCode::kUnimplemented,
+                    "ofi/shm joins processes, and crashes inside libfabric "
+                    "where one process has two Domains: open one, or use the "
+                    "transport shm");
+    }
+    holds_shm_ = true;
+  }
   JF_ASSIGN_OR_RETURN(endpoint_, OfiEndpoint::Open(library, provider, info));
   FillCaps();
   const size_t receives =
@@ -114,12 +130,19 @@ void OfiDomain::FillCaps() {
   caps_.removal_fences = endpoint_->can_reopen();
   caps_.target_must_poll = true;
   caps_.emulated_writes = endpoint_->emulated_writes();
+  caps_.writes_outlive_regions = endpoint_->writes_in_software();
 }
 
 OfiDomain::~OfiDomain() {
   if (operations_ != nullptr && !stopped_) SayBye();
   if (watched_fd_ >= 0) bell_->Remove(watched_fd_);
   if (endpoint_ != nullptr) endpoint_->Stop();
+  if (holds_shm_) {
+    operations_.reset();
+    memory_.clear();
+    endpoint_.reset();
+    shm_is_open.store(false, std::memory_order_release);
+  }
 }
 
 void OfiDomain::PostReceive(OfiOperation* operation) {

@@ -60,6 +60,8 @@ class OfiDomain final : public Domain {
   void RemovePeer(PeerId peer) override;
   void FencePeer(PeerId peer) override;
   bool IsFenced(PeerId peer) const override { return !fencing_.contains(peer); }
+  void FenceRemoved() override;
+  bool RemovedAreFenced() const override { return !fencing_removed_; }
   StatusOr<Posted> PostWriteImm(PeerId peer, LocalSpan local, RemoteSpan remote,
                                 uint64_t length,
                                 std::optional<uint32_t> immediate,
@@ -128,6 +130,7 @@ class OfiDomain final : public Domain {
 
   // ofi_domain_renewal.cc: another endpoint.
   void BeginRenewal();
+  void AskToPause();
   void TendRenewal();
   bool IsQuiet(int64_t now_ns) const;
   void Renew();
@@ -163,9 +166,13 @@ class OfiDomain final : public Domain {
   bool renewing_ = false;
   bool stopped_ = false;                // there is no endpoint
   int64_t renewal_ns_ = 0;              // when it began
+  int64_t looked_ns_ = 0;               // at it, when
+  bool asked_again_ = false;            // since we were stopped
   int64_t calm_ns_ = 0;                 // since when nothing has come
   std::unordered_set<PeerId> fencing_;  // until the endpoint is renewed
+  bool fencing_removed_ = false;        // the same
   Status broken_;                       // why there is no new endpoint
+  bool holds_shm_ = false;              // the process's one Domain over shm
 };
 
 }  // namespace jaxfabric

@@ -128,6 +128,7 @@ StatusOr<PeerId> OfiDomain::AddPeer(const NetAddr& net_addr,
   if (peer->id != kUnknownPeer) return peer->id;
   peer->id = static_cast<PeerId>(ids_.size());
   peer->condemned = false;
+  peer->removed_ns = 0;
   ids_.push_back(peer);
   if (is_new && address.provider == OfiProvider::kTcp) {
     // Whoever calls must not wait for a network that says nothing.

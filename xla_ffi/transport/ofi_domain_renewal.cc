@@ -28,9 +28,12 @@ namespace {
 constexpr int64_t kMillisecond = 1'000'000;
 // So long, peers may take to pause. A peer that lives takes one round trip.
 constexpr int64_t kPatienceNs = 500 * kMillisecond;
+// The same for one that loses what it was sent when the endpoint is closed: its
+// process may be busy, or stopped for a moment. Others wait meanwhile.
+constexpr int64_t kOpenPatienceNs = 2000 * kMillisecond;
 // The same for one that renews its own endpoint first, and waits for others;
-// and for all together.
-constexpr int64_t kTurnPatienceNs = 4 * kPatienceNs;
+// and for all together. Whoever fences gives up only after that.
+constexpr int64_t kTurnPatienceNs = 3000 * kMillisecond;
 // The same for those that are to be cut off: mostly they cannot hear us.
 constexpr int64_t kCondemnedPatienceNs = 100 * kMillisecond;
 // A device says that a write is done a little before its target can see it.
@@ -55,10 +58,26 @@ void OfiDomain::FencePeer(PeerId id) {
   BeginRenewal();
 }
 
+// They are not greeted by the new endpoint, and do not know where it is. Those
+// that are forgotten by now need nothing else.
+void OfiDomain::FenceRemoved() {
+  if (!caps_.removal_fences || stopped_) return;
+  for (auto& [nonce, peer] : peers_) {
+    peer->condemned |= peer->id == kUnknownPeer && peer->removed_ns != 0;
+  }
+  fencing_removed_ = true;
+  BeginRenewal();
+}
+
 void OfiDomain::BeginRenewal() {
   if (renewing_ || stopped_) return;
   renewing_ = true;
-  renewal_ns_ = calm_ns_ = MonotonicNanoseconds();
+  asked_again_ = false;
+  AskToPause();
+}
+
+void OfiDomain::AskToPause() {
+  renewal_ns_ = calm_ns_ = looked_ns_ = MonotonicNanoseconds();
   for (auto& [nonce, peer] : peers_) {
     peer->has_paused = false;
     if (peer->state == OfiPeer::State::kReady) {
@@ -84,15 +103,20 @@ bool OfiDomain::IsQuiet(int64_t now_ns) const {
     const int64_t waited_ns = now_ns - std::max(renewal_ns_, peer.moved_ns);
     if (peer.condemned) return waited_ns >= kCondemnedPatienceNs;
     const bool its_turn = peer.pauses_us && !peer.pause_due;
-    return !its_turn && waited_ns >= kPatienceNs;
+    return !its_turn &&
+           waited_ns >= (peer.posts > 0 ? kOpenPatienceNs : kPatienceNs);
   });
 }
 
 void OfiDomain::TendRenewal() {
   const int64_t now_ns = MonotonicNanoseconds();
+  // While we were stopped, nobody was silent; and who had paused may be
+  // elsewhere by now, and on its way to say so.
+  const bool slept = now_ns - std::exchange(looked_ns_, now_ns) >= kPatienceNs;
+  if (slept && !std::exchange(asked_again_, true)) AskToPause();
   if (!IsQuiet(now_ns)) return;
   const bool calm = now_ns - calm_ns_ >= kCalmNs;
-  if (calm || now_ns - renewal_ns_ >= kPatienceNs + kCalmNs) Renew();
+  if (calm || now_ns - renewal_ns_ >= kTurnPatienceNs + kCalmNs) Renew();
 }
 
 void OfiDomain::Renew() {
@@ -128,6 +152,7 @@ void OfiDomain::CloseEndpoint() {
   unposted_ = operations_->receives();
   by_source_.clear();
   fencing_.clear();
+  fencing_removed_ = false;
   std::erase_if(peers_, [this](const auto& item) {
     const OfiPeer& peer = *item.second;
     const bool gone = peer.condemned || (peer.state == OfiPeer::State::kLost &&
@@ -142,7 +167,11 @@ void OfiDomain::WelcomeBack() {
   for (auto& [nonce, peer] : peers_) {
     peer->former.clear();
     peer->fi_address = FI_ADDR_NOTAVAIL;
-    if (peer->state == OfiPeer::State::kLost) continue;
+    if (peer->state == OfiPeer::State::kLost) {
+      frames_waiting_ -= peer->frames.size();  // a farewell that finds no way
+      peer->frames.clear();
+      continue;
+    }
     if (nonce == address_.nonce) peer->address = address_;
     if (const Status inserted = Insert(*peer); !inserted.ok()) {
       Lose(*peer, inserted, /*tell=*/false);

@@ -207,9 +207,11 @@ void OfiEndpoint::ReadOptions() {
   can_reopen_ = trusted && !HasMode(FI_MR_ENDPOINT);
   // "Done" means that the bytes are there. A device's writes end no sooner;
   // software would otherwise report that it has passed them on.
-  if (!IsEfa(provider_) || emulated_writes_) {
-    write_flags_ |= FI_DELIVERY_COMPLETE;
-  }
+  if (writes_in_software()) write_flags_ |= FI_DELIVERY_COMPLETE;
+}
+
+bool OfiEndpoint::writes_in_software() const {
+  return !IsEfa(provider_) || emulated_writes_;
 }
 
 bool OfiEndpoint::MaySleep() {

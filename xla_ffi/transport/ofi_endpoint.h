@@ -78,6 +78,7 @@ class OfiEndpoint {
   size_t receive_depth() const { return info_->rx_attr->size; }
   bool immediate_consumes_receive() const { return receives_for_data_; }
   bool emulated_writes() const { return emulated_writes_; }
+  bool writes_in_software() const;
   bool names_source() const { return names_source_; }
   bool virtual_addresses() const { return HasMode(FI_MR_VIRT_ADDR); }
   // Readable when the queue has news; -1 if it must be polled.

@@ -65,8 +65,8 @@ struct OfiPeer {
   bool pauses_us = false;   // it is about to renew its endpoint
   bool pause_due = false;   // it was not told yet that we post nothing more
   int64_t pauses_us_ns = 0;
-  int64_t moved_ns = 0;  // when it came to its present endpoint
-  int64_t removed_ns = 0;
+  int64_t moved_ns = 0;    // when it came to its present endpoint
+  int64_t removed_ns = 0;  // by the owner; 0: it has not removed it
 
   bool MayPost() const { return state == State::kReady && !pauses_us; }
 };

@@ -67,6 +67,7 @@ class ShmDomain final : public Domain {
   StatusOr<Posted> PostSend(PeerId peer, std::string_view message,
                             uint64_t cookie) override;
   size_t Poll(std::span<Completion> completions) override;
+  Status MapMemory(PeerId peer, uint64_t key, Deadline deadline) override;
   std::byte* DirectPointer(PeerId peer, RemoteSpan remote,
                            uint64_t length) override;
 
@@ -374,33 +375,42 @@ size_t ShmDomain::PollLosses(std::span<Completion> completions) {
   return count;
 }
 
-std::byte* ShmDomain::DirectPointer(PeerId id, RemoteSpan remote,
-                                    uint64_t length) {
+Status ShmDomain::MapMemory(PeerId id, uint64_t key, Deadline deadline) {
   std::unique_lock<std::mutex> lock(direct_mutex_);
   const auto known = [&] {
     return id < peers_.size() && peers_[id] != nullptr;
   };
-  if (!known()) return nullptr;
-  const auto found = peers_[id]->direct.find(remote.key);
-  std::shared_ptr<ShmMapping> mapping;
-  if (found != peers_[id]->direct.end()) {
-    mapping = found->second;
-  } else {
-    const std::shared_ptr<ShmLink> link = peers_[id]->attachment.link;
-    const ShmAddress address = peers_[id]->address;
-    lock.unlock();  // the peer may let us wait; the owner must not
-    StatusOr<std::shared_ptr<ShmMapping>> mapped = board_->MapRegion(
-        link, address, remote.key, Deadline::AfterSeconds(kMapRegionSeconds));
-    lock.lock();
-    if (!mapped.ok() || !known()) return nullptr;
-    mapping = *std::move(mapped);
-    peers_[id]->direct[remote.key] = mapping;
+  const Status removed(StatusCode::kUnavailable, "the peer was removed");
+  if (!known()) return removed;
+  if (peers_[id]->direct.contains(key)) return OkStatus();
+  const std::shared_ptr<ShmLink> link = peers_[id]->attachment.link;
+  const ShmAddress address = peers_[id]->address;
+  lock.unlock();  // the peer may let us wait; the owner must not
+  if (link != nullptr && deadline.Expired()) {
+    return Status(StatusCode::kDeadlineExceeded, "it is not mapped yet");
   }
-  if (mapping->gone.load(std::memory_order_acquire) ||
-      !InRange(remote.offset, length, mapping->memory.size())) {
+  JF_ASSIGN_OR_RETURN(std::shared_ptr<ShmMapping> mapping,
+                      board_->MapRegion(link, address, key, deadline));
+  lock.lock();
+  if (!known()) return removed;
+  // If another thread was faster, somebody may use its mapping already.
+  peers_[id]->direct.try_emplace(key, std::move(mapping));
+  return OkStatus();
+}
+
+std::byte* ShmDomain::DirectPointer(PeerId id, RemoteSpan remote,
+                                    uint64_t length) {
+  const Status mapped =
+      MapMemory(id, remote.key, Deadline::AfterSeconds(kMapRegionSeconds));
+  if (!mapped.ok()) return nullptr;
+  std::lock_guard<std::mutex> lock(direct_mutex_);
+  if (peers_[id] == nullptr) return nullptr;
+  const ShmMapping& mapping = *peers_[id]->direct.at(remote.key);
+  if (mapping.gone.load(std::memory_order_acquire) ||
+      !InRange(remote.offset, length, mapping.memory.size())) {
     return nullptr;
   }
-  return mapping->memory.data() + remote.offset;
+  return mapping.memory.data() + remote.offset;
 }
 
 class ShmTransport final : public Transport {

@@ -6,8 +6,8 @@
 // so all bytes of that write are here". Both sides make progress by polling.
 //
 // A Domain is not thread-safe: its owner serialises every call, except
-// DirectPointer, whose result may be used by any thread. No call blocks, except
-// AddPeer and the first use of a memory key, which take a deadline.
+// MapMemory and DirectPointer. No call blocks, except AddPeer, MapMemory, and
+// the first use of a memory key that was not mapped.
 //
 // An implementation is done when tests/cpp/transport_conformance passes on it.
 
@@ -94,6 +94,9 @@ struct DomainCaps {
   bool target_must_poll = false;
   // The device has no remote writes of its own; software there does them.
   bool emulated_writes = false;
+  // A write that has begun goes on landing although its region, or the peer
+  // that posted it, is gone here, as where software receives it.
+  bool writes_outlive_regions = false;
   // FencePeer keeps its word.
   bool removal_fences = false;
   // DirectPointer works: peers' memory can be stored to by the processor.
@@ -154,6 +157,11 @@ class Domain {
   // not poll for longer, a transport may lose what is under way.
   virtual void FencePeer(PeerId peer) { RemovePeer(peer); }
   virtual bool IsFenced(PeerId) const { return true; }
+  // The same for all peers that were removed and not added again: what they
+  // have posted may land until RemovedAreFenced. For
+  // caps().writes_outlive_regions.
+  virtual void FenceRemoved() {}
+  virtual bool RemovedAreFenced() const { return true; }
 
   // Writes `length` bytes (0 is allowed) from `local` to `remote`; if
   // `immediate` is given, the peer polls it once all bytes are there. Out of
@@ -182,6 +190,15 @@ class Domain {
   // Messages that were dropped since no Domain of this job and version sends
   // them.
   virtual uint64_t refused_frames() const { return 0; }
+
+  // Asks the peer for the memory behind `key`, so that DirectPointer need not
+  // wait for it: its process may be stopped. Any thread, as long as the peer is
+  // not removed. kDeadlineExceeded if it has not answered; a deadline that is
+  // over asks nobody. Where caps().direct_store is false there is nothing to
+  // do.
+  virtual Status MapMemory(PeerId, uint64_t /*key*/, Deadline) {
+    return OkStatus();
+  }
 
   // Where `length` bytes of the peer's memory are mapped here, or nullptr where
   // caps().direct_store is false or the span is out of range. What is stored
