@@ -298,8 +298,8 @@ class TransferEngine(Messages, Writes):
     def alloc_watcher(self, callback: Callable[[int, int], object]) -> Watcher:
         """Makes a word; ``callback(before, after)`` runs soon after it has grown.
 
-        One call at a time, on a thread of its own; values that come during a call are
-        skipped.
+        One call at a time, on a thread for callbacks; values that come during a call
+        are skipped.
 
         Example::
 

@@ -84,7 +84,11 @@ class TransferFuture:
         return self._cancel(self._native)
 
     def add_done_callback(self, function: Callable[[TransferFuture], object]) -> None:
-        """Calls ``function(self)`` once it is done, on a thread of its own."""
+        """Calls ``function(self)`` once it is done, on a thread for callbacks.
+
+        They begin in the order in which operations ended. One that blocks delays those
+        behind it by 10 ms, after which they go on without it.
+        """
         self._native.on_done(lambda: function(self))
 
     def __await__(self) -> Generator[Any, None, Any]:

@@ -48,7 +48,7 @@ class Messages(TransferBase):
             )
 
     def submit_recvs(self, callback: Callable[[int, bytes], object] | None) -> None:
-        """Calls ``callback(peer, message)`` for each message, on a thread of its own.
+        """Calls ``callback(peer, message)`` for each, on a thread for callbacks.
 
         One call at a time, in order. ``None`` keeps messages for `receive` again.
         A CapacityError as in `receive` goes to ``sys.unraisablehook``, like all that

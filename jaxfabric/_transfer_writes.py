@@ -269,7 +269,7 @@ class Writes(TransferBase):
         Args:
           id: as the senders gave it.
           count: whole transfers, however they were split.
-          callback: called with the future once it is done, on a thread of its own.
+          callback: called with the future once it is done, on a thread for callbacks.
           peers: from whom they are to come: it fails at once if one of them is lost.
           timeout_s: of the operation; ``None`` is the engine's.
 

@@ -9,6 +9,7 @@
 #include "tests/cpp/group_node.h"
 #include "tests/cpp/seeded.h"
 #include "transport/fake.h"
+#include "transport/shm.h"
 
 namespace jaxfabric {
 namespace {
@@ -485,6 +486,23 @@ TEST_F(DomainGroupTest, AnAddressIsOfOnePeerUntilThatIsRemoved) {
   from->group->SubmitSend(9, "by another name", note);
   ASSERT_TRUE(PollUntil({from.get(), to.get()},
                         [&] { return to->messages.size() == 2; }));
+}
+
+// The copies into its memory may not have ended.
+TEST(DomainGroupMappedTest, ALostPeersAddressIsTakenUntilItIsRemoved) {
+  const auto here = *OpenShmTransport({});
+  const auto there = *OpenShmTransport({});
+  const auto other = *there->OpenDomain();
+  std::vector<std::unique_ptr<Domain>> domains;
+  domains.push_back(*here->OpenDomain());
+  DomainGroup group(std::move(domains));
+  const auto add = [&](uint32_t name) {
+    return group.AddPeer(name, {other->address()}, Deadline::AfterSeconds(5));
+  };
+  ASSERT_TRUE(add(1).ok());
+  EXPECT_EQ(add(2).code(), StatusCode::kDeadlineExceeded);  // try again
+  group.RemovePeer(1);
+  EXPECT_TRUE(add(2).ok());
 }
 
 TEST_F(DomainGroupTest, WhatNoGroupSendsIsDropped) {

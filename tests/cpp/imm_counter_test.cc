@@ -197,6 +197,30 @@ TEST(ImmCounterTest, NoSourceTakesTheRoomOfOthers) {
   EXPECT_EQ(table.Transfers(2), 0u);
 }
 
+TEST(ImmCounterTest, WhatIsWaitedForAgainIsYoungAgain) {
+  ImmCounterTable table;
+  std::vector<std::function<void()>> ready;
+  // Given up with a half of a transfer there: nobody's, in this order.
+  const auto give_up = [&](uint32_t id) {
+    const auto handle = table.Expect(id, 1, [] {});
+    EXPECT_TRUE(table.Cancel(handle, &ready));
+  };
+  for (const uint32_t id : {1, 2}) {
+    EXPECT_TRUE(table.Add(id, kTransferUnits / 2, &ready).ok());
+    give_up(id);
+  }
+  give_up(1);  // so that 2 is the oldest
+  uint32_t next_id = 3;
+  for (; next_id <= ImmCounterTable::kIdsMax; ++next_id) {
+    EXPECT_TRUE(table.Add(next_id, 1, &ready).ok());
+  }
+  EXPECT_EQ(table.evicted(), 0u);
+  EXPECT_TRUE(table.Add(next_id, 1, &ready).ok());
+  EXPECT_EQ(table.evicted(), 1u);
+  EXPECT_TRUE(table.HasPart(1));
+  EXPECT_FALSE(table.HasPart(2));
+}
+
 TEST(ImmCounterTest, NoCountIsLostOrDoubledBetweenThreads) {
   constexpr int kThreads = 4;
   constexpr int kTransfersEach = 2000;

@@ -67,10 +67,10 @@ void CallbackQueue::Watch() {
   std::unique_lock<std::mutex> lock(mutex_);
   std::chrono::milliseconds patience = kStuckMin;
   while (running_) {
-    const uint64_t seen = taken_;
+    const uint64_t seen = ended_;
     watch_.wait_for(lock, patience, [this] { return !running_; });
     if (!running_) break;
-    if (taken_ != seen || waiting_.empty()) {
+    if (ended_ != seen || waiting_.empty()) {
       patience = kStuckMin;
       continue;
     }

@@ -116,12 +116,13 @@ Status DomainGroup::AddPeer(uint32_t name,
       Leave(*peer);
       return id.status();
     }
-    // Where memory is mapped, one that was lost stays until its copies end.
     const auto taken = names_[link.domain].find(*id);
-    if (taken != names_[link.domain].end() && !taken->second.peer->over &&
-        !caps().direct_store) {
+    if (taken != names_[link.domain].end() && !taken->second.peer->over) {
       Leave(*peer);
-      return Status(StatusCode::kPermissionDenied,
+      // Where memory is mapped, one that was lost stays until the copies into
+      // its memory have ended: what comes back has to wait for them.
+      return Status(caps().direct_store ? StatusCode::kDeadlineExceeded
+                                        : StatusCode::kPermissionDenied,
                     "one of its addresses is that of another peer, " +
                         std::to_string(taken->second.peer->name));
     }

@@ -37,13 +37,7 @@ bool ImmCounterTable::MakeRoomLocked(uint32_t source) {
   const size_t own =
       source == kAnySource || held == held_.end() ? 0 : held->second;
   while (early_ + own >= kIdsMax && !left_.empty()) {
-    const auto oldest = counters_.find(left_.front());
-    left_.pop_front();
-    if (oldest == counters_.end() || !oldest->second.early ||
-        oldest->second.holder != kNobody) {
-      continue;
-    }
-    EraseLocked(oldest);
+    EraseLocked(counters_.find(left_.front()));
     ++evicted_;
   }
   return early_ + own < kIdsMax;
@@ -55,13 +49,14 @@ void ImmCounterTable::HoldLocked(uint32_t id, Counter& counter,
   counter.holder = holder;
   ++early_;
   ++held_[holder];
-  if (holder == kNobody) left_.push_back(id);
+  if (holder == kNobody) counter.place = left_.insert(left_.end(), id);
 }
 
 void ImmCounterTable::LetGoLocked(Counter& counter) {
   if (!counter.early) return;
   counter.early = false;
   --early_;
+  if (counter.holder == kNobody) left_.erase(counter.place);
   const auto held = held_.find(counter.holder);
   if (--held->second == 0) held_.erase(held);
 }
@@ -74,11 +69,6 @@ void ImmCounterTable::EraseLocked(Counters::iterator counter) {
 void ImmCounterTable::Leave(uint32_t source) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!held_.contains(source)) return;
-  std::erase_if(left_, [this](uint32_t id) {
-    const auto found = counters_.find(id);
-    return found == counters_.end() || !found->second.early ||
-           found->second.holder != kNobody;
-  });
   for (auto& [id, counter] : counters_) {
     if (!counter.early || counter.holder != source) continue;
     LetGoLocked(counter);

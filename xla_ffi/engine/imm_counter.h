@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <list>
 #include <mutex>
@@ -77,6 +76,7 @@ class ImmCounterTable {
     std::list<Expectation> expectations;
     bool early = false;  // nobody has waited for it since it came
     uint32_t holder = kAnySource;
+    std::list<uint32_t>::iterator place;  // in left_, if kNobody holds it
   };
   using Counters = std::unordered_map<uint32_t, Counter>;
 
@@ -94,8 +94,8 @@ class ImmCounterTable {
   Counters counters_;                          // guarded by mutex_
   std::unordered_map<uint32_t, size_t> held_;  // by holder; by mutex_
   size_t early_ = 0;                           // guarded by mutex_
-  std::deque<uint32_t> left_;  // the oldest of kNobody's first; by mutex_
-  uint64_t evicted_ = 0;       // guarded by mutex_
+  std::list<uint32_t> left_;  // kNobody's, the oldest first; by mutex_
+  uint64_t evicted_ = 0;      // guarded by mutex_
   std::unordered_map<Handle, uint32_t> id_by_handle_;  // guarded by mutex_
   Handle next_handle_ = 1;                             // guarded by mutex_
   bool over_ = false;                                  // guarded by mutex_

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <utility>
 
-#include "base/elastic_pool.h"
+#include "engine/callback_queue.h"
 
 namespace jaxfabric {
 
@@ -37,24 +37,22 @@ void MessageInbox::SetCallback(Callback callback) {
 void MessageInbox::StartLocked() {
   if (delivering_ || !callback_ || EmptyLocked()) return;
   delivering_ = true;
-  ElasticPool::Get().Post([self = shared_from_this()] { self->Deliver(); });
+  CallbackQueue::Get().Post([self = shared_from_this()] { self->Deliver(); });
 }
 
 void MessageInbox::Deliver() {
-  for (;;) {
-    Callback callback;
-    std::optional<TransferMessage> message;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (callback_) message = TakeLocked();
-      if (!message) {
-        delivering_ = false;
-        return;
-      }
-      callback = callback_;
-    }
-    callback(*std::move(message));
+  Callback callback;  // destroyed after the lock is released
+  std::optional<TransferMessage> message;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (callback_) message = TakeLocked();
+    callback = callback_;
   }
+  if (message) callback(*std::move(message));
+  // The next one waits its turn among other callbacks.
+  std::lock_guard<std::mutex> lock(mutex_);
+  delivering_ = false;
+  StartLocked();
 }
 
 std::optional<TransferMessage> MessageInbox::TakeLocked() {
@@ -91,7 +89,7 @@ void MessageInbox::OnReady(std::function<void()> callback) {
 
 void MessageInbox::WakeLocked() {
   for (std::function<void()>& callback : std::exchange(waiting_, {})) {
-    ElasticPool::Get().Post(std::move(callback));
+    CallbackQueue::Get().Post(std::move(callback));
   }
 }
 

@@ -41,11 +41,11 @@ class MessageInbox : public std::enable_shared_from_this<MessageInbox> {
   bool Push(TransferMessage message);
 
   // From now on messages go to `callback`, one at a time, in order, on the
-  // ElasticPool; nullptr keeps them again.
+  // CallbackQueue; nullptr keeps them again.
   void SetCallback(Callback callback);
   // The next message; nothing at the deadline, and once closed.
   std::optional<TransferMessage> Take(Deadline deadline);
-  // Calls once, on the ElasticPool, when there is something to take, or the
+  // Calls once, on the CallbackQueue, when there is something to take, or the
   // inbox is closed; soon, if that is so already, or if many others wait.
   void OnReady(std::function<void()> callback);
   bool closed() const;

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "base/cache_line.h"
-#include "base/elastic_pool.h"
+#include "engine/callback_queue.h"
 
 namespace jaxfabric {
 namespace {
@@ -39,7 +39,7 @@ bool Watcher::Look() {
   const uint64_t now = word_->load(std::memory_order_acquire);
   if (now == seen_) return false;
   running_.store(true, std::memory_order_relaxed);
-  ElasticPool::Get().Post([self = shared_from_this(), now] {
+  CallbackQueue::Get().Post([self = shared_from_this(), now] {
     Callback callback;
     {
       std::lock_guard<std::mutex> lock(self->mutex_);

@@ -2,7 +2,7 @@
 // that an engine watches.
 //
 // The engine's callback gets the value before and after; it runs on the
-// ElasticPool, one call at a time, and skips values that came while it ran.
+// CallbackQueue, one call at a time, and skips values that came while it ran.
 
 #ifndef JAXFABRIC_ENGINE_WATCHER_H_
 #define JAXFABRIC_ENGINE_WATCHER_H_
