@@ -18,7 +18,14 @@ namespace {
 // it; the engine's end waits for that.
 constexpr double kAskSeconds = 0.25;
 
-void Copy(const PendingWrite& write, const std::byte* source) {
+void Copy(Trace& trace, const Submission& submission, size_t part,
+          const PendingWrite& write, const std::byte* source) {
+  const TraceScope tracing(trace, [&] {
+    return TraceEvent{.name = "copy",
+                      .parent = submission.span,
+                      .peer = write.peer,
+                      .bytes = submission.parts[part].bytes};
+  });
   for (const Piece& piece : write.pieces) {
     std::memcpy(write.mapped + piece.remote_offset, source + piece.local_offset,
                 piece.length);
@@ -72,13 +79,7 @@ void TransferEngine::CopyAndPost(const SubmissionPtr& submission,
   for (size_t i = 0; i < writes->size(); ++i) {
     PendingWrite& write = (*writes)[i];
     if (write.mapped == nullptr) continue;
-    const TraceScope tracing(group_->trace(), [&] {
-      return TraceEvent{.name = "copy",
-                        .parent = submission->span,
-                        .peer = write.peer,
-                        .bytes = submission->parts[i].bytes};
-    });
-    Copy(write, source);
+    Copy(group_->trace(), *submission, i, write, source);
     write.pieces.clear();
   }
   lock->lock();
@@ -114,14 +115,21 @@ void TransferEngine::MapAndWrite(uint32_t peer, RemoteMemory remote) {
   for (const UnmappedWrite& one : waiting) {
     PendingWrite write = {
         .target = &one.target, .pieces = one.pieces, .peer = peer};
-    const Status found = mapped.ok() ? FindMappedLocked(&write) : mapped;
+    Status found = mapped.ok() ? FindMappedLocked(&write) : mapped;
+    if (found.ok() && write.mapped == nullptr) {
+      found = Status(StatusCode::kNotFound,
+                     NameLocked(peer) + " has just unregistered the region");
+    }
     one.submission->parts[one.part].unmapped = false;
     if (!found.ok()) EndPartLocked(one.submission, one.part, found);
     writes.push_back(std::move(write));
   }
   lock.unlock();
   for (size_t i = 0; i < writes.size(); ++i) {
-    if (writes[i].mapped != nullptr) Copy(writes[i], waiting[i].source);
+    if (writes[i].mapped != nullptr) {
+      const UnmappedWrite& one = waiting[i];
+      Copy(group_->trace(), *one.submission, one.part, writes[i], one.source);
+    }
     writes[i].pieces.clear();
   }
   lock.lock();
