@@ -120,8 +120,6 @@ def _pair(
 def test_four_paced_nics_carry_four_times_as_much_as_one(
     softefa_build: Path, libfabric: str, provider: str
 ) -> None:
-    # A software NIC whose process waits for a core, longer than it has work posted, is
-    # slower than a real one would be: the slower its pace, the more time it has.
     gbps = 0.5
     with (
         SoftEfa(softefa_build, nics=1, gbps=gbps) as one,
@@ -129,9 +127,8 @@ def test_four_paced_nics_carry_four_times_as_much_as_one(
         _pair(softefa_build, libfabric, provider, one) as single,
         _pair(softefa_build, libfabric, provider, four) as group,
     ):
-        # 2.1 s each, 128 MiB for each NIC: at the end, three wait for the one with the
-        # last chunk, of 1 MiB. The best of each in up to 8 turns, as no NIC can be
-        # faster than its pace.
+        # 128 MiB for each NIC. The best of each in up to 8 turns, as no NIC can be
+        # faster than its pace, and a busy machine makes a software NIC slower.
         of_one = of_four = 0.0
         for id in range(1, 9):
             of_one = max(of_one, single.transfer(id, count=4))

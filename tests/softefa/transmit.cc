@@ -26,6 +26,7 @@ constexpr uint64_t kHeaderBytes = 64;
 enum class Step {
   kMoved,     // there is more to do, now
   kWaits,     // for its time, or for its target
+  kWireBusy,  // and with that all that is behind it
   kFinished,  // its completion is queued
 };
 
@@ -175,16 +176,19 @@ std::optional<int64_t> PassWire(Nic& nic, const WorkRequest& request,
   return passed_ns;
 }
 
-// Moves the next segment of a write or read; nothing while the wire is busy.
-std::optional<CompletionCode> MoveSegment(const Route& route,
-                                          WorkRequest& request,
-                                          int64_t now_ns) {
+// Of the next segment of a write or read, or of its packet.
+uint64_t BytesOnWire(const WorkRequest& request) {
+  if (request.segments.empty()) {
+    return kHeaderBytes + (request.kind == Kind::kSend ? request.bytes : 0);
+  }
   const uint64_t segment = TheSettings().segment_bytes;
-  const uint64_t begin = request.segments.back() * segment;
-  const uint64_t bytes = std::min(segment, request.bytes - begin);
-  const auto passed = PassWire(*route.sender.nic, request, bytes, now_ns);
-  if (!passed.has_value()) return std::nullopt;
+  return std::min(segment, request.bytes - request.segments.back() * segment);
+}
 
+// Moves the next segment of a write or read.
+CompletionCode MoveSegment(const Route& route, WorkRequest& request) {
+  const uint64_t begin = request.segments.back() * TheSettings().segment_bytes;
+  const uint64_t bytes = BytesOnWire(request);
   RegionEntry& region = route.process.Region(request.remote_key);
   const UseGuard region_guard(region.users);
   const uint32_t access = request.kind == Kind::kWrite ? IBV_ACCESS_REMOTE_WRITE
@@ -195,7 +199,6 @@ std::optional<CompletionCode> MoveSegment(const Route& route,
       (region.access & access) != 0) {
     code = CopyBytes(request, route.target.pid, begin, bytes);
   }
-  route.sender.nic->free_ns = *passed;
   request.segments.pop_back();
   return code;
 }
@@ -219,16 +222,12 @@ void FillPacket(const Route& route, WorkRequest& request, bool unsolicited,
 }
 
 // A message, or the immediate of a write whose bytes have all moved; nothing
-// while the wire is busy or the target is not ready.
+// while the target is not ready.
 std::optional<CompletionCode> DeliverPacket(const Route& route,
                                             WorkRequest& request,
                                             int64_t now_ns) {
   QueuePair& pair = route.sender;
   const bool write = request.kind == Kind::kWrite;
-  const auto passed =
-      PassWire(*pair.nic, request,
-               write ? kHeaderBytes : request.bytes + kHeaderBytes, now_ns);
-  if (!passed.has_value()) return std::nullopt;
   const bool unsolicited = write && route.target.unsolicited != 0;
   if (!unsolicited && !route.target.ClaimReceive()) {
     if (!request.not_ready_since_ns.has_value()) {
@@ -245,7 +244,6 @@ std::optional<CompletionCode> DeliverPacket(const Route& route,
   const bool pushed = route.target.Push(
       [&](Packet& packet) { FillPacket(route, request, unsolicited, packet); });
   if (!pushed) return std::nullopt;  // claimed receives always have room
-  pair.nic->free_ns = *passed;
   return CompletionCode::kOk;
 }
 
@@ -298,12 +296,15 @@ Step Advance(QueuePair& pair, WorkRequest& request, int64_t now_ns) {
       request.kind == Kind::kSend || request.immediate.has_value();
   std::optional<CompletionCode> code = CompletionCode::kOk;
   const bool has_segments = !request.segments.empty();
-  if (has_segments) {
-    code = MoveSegment(route, request, now_ns);
-  } else if (has_packet) {
-    code = DeliverPacket(route, request, now_ns);
+  if (has_segments || has_packet) {
+    const auto passed =
+        PassWire(*pair.nic, request, BytesOnWire(request), now_ns);
+    if (!passed.has_value()) return Step::kWireBusy;
+    code = has_segments ? MoveSegment(route, request)
+                        : DeliverPacket(route, request, now_ns);
+    if (!code.has_value()) return Step::kWaits;
+    pair.nic->free_ns = *passed;
   }
-  if (!code.has_value()) return Step::kWaits;
   if (*code != CompletionCode::kOk) return Finish(pair, request, *code);
   if (has_segments) return Step::kMoved;
   return Finish(pair, request,
@@ -320,6 +321,8 @@ void AdvanceQueue(QueuePair& pair, std::deque<WorkRequest>& queue,
     // Any of them: those at the front may wait for a target that is not ready.
     const size_t at = chaos.on() ? chaos.Below(queue.size()) : waiting;
     const Step step = Advance(pair, queue[at], now_ns);
+    // What is behind must not begin its turn before the one on the wire ends.
+    if (step == Step::kWireBusy) return;
     if (step == Step::kFinished) queue.erase(queue.begin() + at);
     if (step == Step::kWaits) {
       ++waiting;
