@@ -113,7 +113,8 @@ def run_stage(stage: Stage, left_s: float = math.inf) -> Result:
             "its cap of" if limit_s == stage.cap_s else "the run's time, which left it"
         )
         reason = f"over {over} {limit_s} s"
-    tail = tuple(line[:TAIL_COLUMNS] for line in lines[-TAIL_LINES:])
+    said = [line for line in lines if not line.startswith("SKIPPED ")]
+    tail = tuple(line[:TAIL_COLUMNS] for line in said[-TAIL_LINES:])
     return Result(stage, "failed", seconds, reason, skips, tail)
 
 

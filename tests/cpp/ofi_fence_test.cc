@@ -429,8 +429,8 @@ TEST_F(OfiTest, WhoSleepsWhileAnotherIsCutOffLosesNothing) {
   // Too long to be done before it wakes up, and with it what is behind it.
   const uint64_t bytes =
       std::min(kBytes, awake.domain().caps().write_bytes_max);
-  const auto write = awake.domain().PostWriteImm(
-      there, awake.Source(0), asleep.Target(0), bytes, 1, 1);
+  const auto write = awake.domain().PostWriteImm(there, awake.Source(0),
+                                                 asleep.Target(0), bytes, 1, 1);
   const auto message = awake.domain().PostSend(there, "behind it", 2);
   ASSERT_TRUE(write.ok() && *write == Posted::kPosted);
   ASSERT_TRUE(message.ok() && *message == Posted::kPosted);

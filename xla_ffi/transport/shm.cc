@@ -380,7 +380,7 @@ Status ShmDomain::MapMemory(PeerId id, uint64_t key, Deadline deadline) {
   const auto known = [&] {
     return id < peers_.size() && peers_[id] != nullptr;
   };
-  const Status removed(StatusCode::kUnavailable, "the peer was removed");
+  Status removed(StatusCode::kUnavailable, "the peer was removed");
   if (!known()) return removed;
   if (peers_[id]->direct.contains(key)) return OkStatus();
   const std::shared_ptr<ShmLink> link = peers_[id]->attachment.link;
