@@ -3,7 +3,8 @@
 Inside a fully manual `jax.shard_map`, under an open `Fabric`: `put`, `put_pages`,
 `wait`, `scatter`, `barrier` and `exchange` move bytes between ranks; `jaxfabric.moe`
 has dispatch and combine, `jaxfabric.nnx` and `jaxfabric.linen` Flax layers. Outside
-of programs, `TransferEngine` moves bytes between jobs, and `jaxfabric.kv` KV caches.
+of programs, `TransferEngine` moves bytes between jobs, `jaxfabric.kv` KV caches, and
+`jaxfabric.weights` parameters.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from jaxfabric import linen as linen
     from jaxfabric import moe as moe
     from jaxfabric import nnx as nnx
+    from jaxfabric import weights as weights
     from jaxfabric._config import config as config
     from jaxfabric._errors import CapacityError as CapacityError
     from jaxfabric._errors import DeadlineError as DeadlineError
@@ -86,6 +88,7 @@ _MODULES = {
     "signal": "_primitives.signal",
     "token": "_primitives.token",
     "wait": "_primitives.wait",
+    "weights": "weights",
 }
 
 __all__ = [
@@ -121,6 +124,7 @@ __all__ = [
     "signal",
     "token",
     "wait",
+    "weights",
 ]
 
 

@@ -1,0 +1,169 @@
+"""Agreement: all ranks of a sampler take the same version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxfabric._errors import DeadlineError, FabricError
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights import _frames
+from jaxfabric.weights._versions import Versions
+from jaxfabric.weights._watch import watch
+
+
+class Agreement:
+    """Finds the version that each rank has, each time that all of them take.
+
+    A rank that takes holds its newest version and tells the lowest rank, the leader.
+    If all hold the same one, that is it. Otherwise those with an older one let go of
+    it and wait for the newest that any has: since a trainer begins a version only
+    after the one before has ended everywhere, it comes, or fails by name.
+
+    Args:
+      advance: called on any thread once a version is let go of.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        versions: Versions,
+        ranks: Sequence[int],
+        rank: int,
+        leader: bytes | None,
+        advance: Callable[[], object],
+    ) -> None:
+        self._engine, self._versions, self._advance = engine, versions, advance
+        self._ranks, self._rank = tuple(ranks), rank
+        self._number = 0  # of the last report
+        self._answer: tuple[str, int] | None = None  # to it
+        self._lost: FabricError | None = None
+        self._peers: dict[int, int] = {}  # the leader's: peers by rank
+        self._reports: dict[int, tuple[int, int]] = {}  # the leader's: by rank
+        self._leader: int | None = None
+        first = self._ranks[0]
+        if (leader is None) != (rank == first):
+            raise ValueError(
+                f"Receiver: rank {rank} of {self._ranks[:16]}: leader= is the address "
+                f"of rank {first}, and given to all others"
+            )
+        if leader is not None:
+            self._leader = engine.connect(leader).result()
+            watch(engine, self._leader, self._leader_lost)
+            engine.submit_send(self._leader, _frames.encode("join", rank=rank))
+
+    def agree(self, min_version: int, timeout_s: float) -> int:
+        """The version that all ranks take now; held, until it is released.
+
+        Raises:
+          DeadlineError: a version, or a rank, has not come in time.
+          FabricError: what `Versions` says, or the leader is lost.
+        """
+        until = time.monotonic() + timeout_s
+        while True:
+            self._wait_for(min_version, until, timeout_s)
+            version = self._versions.hold()
+            if len(self._ranks) == 1:
+                return version
+            try:
+                self._report(version)
+                kind, wanted = self._wait_for_answer(until, timeout_s)
+            except FabricError:
+                self._report(0)  # it takes no part any more
+                self._versions.release()
+                self._advance()
+                raise
+            if kind == "use":
+                return version
+            self._versions.release()
+            self._advance()
+            min_version = wanted
+
+    def on_message(self, peer: int, kind: str, fields: dict[str, Any]) -> bool:
+        """Takes messages between ranks; ``False`` for others."""
+        if kind == "join" and self._leader is None:
+            if fields["rank"] in self._ranks:
+                self._peers[fields["rank"]] = peer
+        elif kind == "newest" and self._leader is None:
+            for rank, known in self._peers.items():
+                if known == peer:
+                    self._collect(rank, fields["number"], fields["version"])
+        elif kind in ("use", "want") and peer == self._leader:
+            self._answered(kind, fields["number"], fields["version"])
+        else:
+            return False
+        return True
+
+    def _wait_for(self, version: int, until: float, timeout_s: float) -> None:
+        versions = self._versions
+        with versions.changed:
+            came = versions.changed.wait_for(
+                lambda: versions.newest >= version or versions.failure is not None,
+                max(0.0, until - time.monotonic()),
+            )
+            if versions.newest >= version:
+                return
+            if came and versions.failure is not None:
+                raise versions.take_failure()
+        raise DeadlineError(
+            f"Receiver.take: version {version} has not come after {timeout_s} s; the "
+            f"newest is {versions.newest}"
+            + (f", and {versions.filling} is on its way" if versions.filling else "")
+        )
+
+    def _wait_for_answer(self, until: float, timeout_s: float) -> tuple[str, int]:
+        with self._versions.changed:
+            self._versions.changed.wait_for(
+                lambda: self._answer is not None or self._lost is not None,
+                max(0.0, until - time.monotonic()),
+            )
+            if self._answer is not None:
+                return self._answer
+            if self._lost is not None:
+                raise self._lost
+        missing = "the leader has not answered"
+        if self._leader is None:
+            late = [rank for rank in self._ranks if rank not in self._reports]
+            missing = f"ranks {late} have not called take(), or have no version yet"
+        raise DeadlineError(f"Receiver.take: after {timeout_s} s {missing}")
+
+    def _report(self, version: int) -> None:
+        with self._versions.changed:
+            self._number, self._answer = self._number + 1, None
+        if self._leader is None:
+            self._collect(self._rank, self._number, version)
+        else:
+            message = _frames.encode("newest", version=version, number=self._number)
+            self._engine.submit_send(self._leader, message)
+
+    def _collect(self, rank: int, number: int, version: int) -> None:
+        """Decides, once all have reported. Any thread of the leader."""
+        with self._versions.changed:
+            self._reports[rank] = number, version
+            if version == 0:
+                del self._reports[rank]
+            if len(self._reports) < len(self._ranks):
+                return
+            newest = max(found for _, found in self._reports.values())
+            behind = [r for r, (_, found) in self._reports.items() if found < newest]
+            # The others hold it, and their reports, until those behind have it, too.
+            answers = {r: self._reports.pop(r)[0] for r in behind or self._ranks}
+        kind = "want" if behind else "use"
+        for each, its_number in answers.items():
+            if each == self._rank:
+                self._answered(kind, its_number, newest)
+            else:
+                message = _frames.encode(kind, version=newest, number=its_number)
+                self._engine.submit_send(self._peers[each], message)
+
+    def _answered(self, kind: str, number: int, version: int) -> None:
+        with self._versions.changed:
+            if number == self._number:
+                self._answer = kind, version
+                self._versions.changed.notify_all()
+
+    def _leader_lost(self, error: FabricError) -> None:
+        with self._versions.changed:
+            self._lost = error
+            self._versions.changed.notify_all()

@@ -1,0 +1,275 @@
+"""Arrivals: the senders of a Receiver, and the versions that come from them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from jaxfabric._errors import FabricError, PeerLostError
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights import _frames
+from jaxfabric.weights._agreement import Agreement
+from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._match import check_cover
+from jaxfabric.weights._pack import unpack
+from jaxfabric.weights._plan import Plan
+from jaxfabric.weights._slot import HEADER_BYTES, is_whole
+from jaxfabric.weights._source import Source
+from jaxfabric.weights._tiles import empty_tiles
+from jaxfabric.weights._versions import Versions
+from jaxfabric.weights._watch import IDS_BEGIN, watch
+from jaxfabric.weights._worker import Worker
+
+_FOREVER_S = 1e9
+
+
+class Arrivals:
+    """The part of a Receiver that runs on its worker's thread."""
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        layout: TreeLayout,
+        rank: int,
+        leader: bytes | None,
+        slots: int,
+    ) -> None:
+        self.engine, self.layout, self.rank = engine, layout, rank
+        self._slots = slots
+        self._versions = Versions(empty_tiles(layout, rank), empty_tiles(layout, rank))
+        self._sources: dict[int, Source] = {}
+        self._plan: Plan | None = None
+        self._next_id = 0
+        self._verify_s = self._unpack_s = 0.0
+        self._spoilt = 0
+        self._worker = Worker("jf.weights.Receiver")
+        self._agreement = Agreement(
+            *(engine, self._versions, layout.ranks, rank, leader),
+            lambda: self._worker.post(self._advance),
+        )
+        engine.submit_recvs(
+            lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
+        )
+
+    # --- Messages ---
+
+    def _on_message(self, peer: int, data: bytes) -> None:
+        source = self._sources.get(peer)
+        try:
+            if _frames.is_part(data):
+                if source is not None and source.parts is not None:
+                    self._take_plan(source, data)
+                return
+            kind, fields = _frames.decode(data)
+            if self._agreement.on_message(peer, kind, fields) or source is None:
+                return
+            if kind == "welcome":
+                source.rank = fields["rank"]
+                source.parts = _frames.Parts(fields["nbytes"])
+            elif kind == "joined":
+                with self._versions.changed:
+                    source.joined = True
+                    self._versions.changed.notify_all()
+            elif kind == "begin":
+                source.offered = fields["version"]
+                self._grant()
+            elif kind == "refuse":
+                self._refused(source, fields)
+        except FabricError as error:
+            self._tell(peer, "refuse", version=0, why=str(error))
+            self._drop(peer, error)
+
+    def _hello(self, peer: int) -> None:
+        layout = self.layout.to_bytes()
+        self._sources[peer] = Source(peer)
+        watch(
+            self.engine,
+            peer,
+            lambda error: self._worker.post(lambda: self._drop(peer, error)),
+        )
+        self._tell(
+            peer,
+            "hello",
+            version=_frames.VERSION,
+            rank=self.rank,
+            name=self.engine.name,
+            nbytes=len(layout),
+        )
+        for part in _frames.in_parts(layout):
+            self.engine.submit_send(peer, part)
+
+    def _take_plan(self, source: Source, data: bytes) -> None:
+        assert source.parts is not None
+        whole = source.parts.add(data)
+        if whole is None:
+            return
+        source.parts = None
+        made = Plan.from_bytes(whole)
+        if made.target != self.layout:
+            raise FabricError("jf.weights: the sender's plan leads to another layout")
+        check_cover(made.target, made.links)
+        for other in list(self._sources.values()):
+            if other is not source and other.rank == source.rank:
+                self._drop(other.peer, FabricError("it was started again"))
+        if self._plan is not None and made != self._plan:
+            for other in list(self._sources.values()):
+                if other is not source and other.ring is not None:
+                    self._drop(other.peer, FabricError("another plan has come"))
+        self._plan = made
+        source.buckets = made.receives(self.rank).get(source.rank, [])
+        slot_bytes = HEADER_BYTES + made.bucket_bytes
+        slots = max(1, min(self._slots, len(source.buckets)))
+        source.ring = self.engine.alloc((slots, slot_bytes))
+        source.first_id, self._next_id = self._next_id, self._next_id + slots
+        if self._next_id > IDS_BEGIN:
+            raise FabricError("jf.weights: the engine's ids are used up: open another")
+        for slot in range(slots):
+            self._expect(source, slot)
+        self._tell(
+            *(source.peer, "ready"),
+            slots=slots,
+            id=source.first_id,
+            memory=source.ring.desc.to_bytes().hex(),
+        )
+
+    # --- What comes ---
+
+    def _expect(self, source: Source, slot: int) -> None:
+        def came(done: Any) -> None:
+            if done.exception(0) is None:
+                self._worker.post(lambda: self._on_bucket(source, slot))
+
+        self.engine.expect_imm_count(
+            source.first_id + slot, 1, came, peers=[source.peer], timeout_s=_FOREVER_S
+        )
+
+    def _on_bucket(self, source: Source, slot: int) -> None:
+        if self._sources.get(source.peer) is not source:
+            return
+        assert source.ring is not None
+        assert self._plan is not None
+        memory = source.ring.array[slot]
+        version, number = _claimed(memory)
+        begin = time.monotonic()
+        known = number < len(source.buckets)
+        nbytes = source.buckets[number].nbytes if known else 0
+        whole = known and is_whole(memory, version, number, nbytes)
+        verified = time.monotonic()
+        self._verify_s += verified - begin
+        if whole and version == self._versions.filling:
+            unpack(
+                self._plan,
+                source.buckets[number],
+                lambda leaf, tile: self._versions.back[leaf, tile],
+                memory[HEADER_BYTES:],
+            )
+            self._unpack_s += time.monotonic() - verified
+            source.taken.add(number)
+        try:
+            self._expect(source, slot)
+        except FabricError as error:
+            self._drop(source.peer, error)
+            return
+        if not whole:
+            self._spoilt += 1
+        kind = "took" if whole else "spoilt"
+        self._tell(source.peer, kind, slot=slot)
+        self._advance()
+
+    def _grant(self) -> None:
+        """Lets all sources send, once they offer the same version."""
+        versions = self._versions
+        sources = [s for s in self._sources.values() if s.ring is not None]
+        if self._plan is None or len(sources) < len(self._plan.source.ranks):
+            return
+        offered = {source.offered for source in sources}
+        version = max(offered)
+        if len(offered) > 1 or version == 0 or versions.filling:
+            return
+        if version <= versions.newest:
+            for source in sources:
+                source.offered = 0
+                if version == versions.newest:
+                    self._tell_have(source, version)
+                else:
+                    why = f"version {versions.newest} is here, which is newer"
+                    self._tell(source.peer, "refuse", version=version, why=why)
+            return
+        self._verify_s = self._unpack_s = 0.0
+        versions.begin(version)
+        for source in sources:
+            source.taken.clear()
+            self._tell(source.peer, "go", version=version)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Makes what is filled the newest, unless that is held just now."""
+        versions = self._versions
+        sources = [s for s in self._sources.values() if s.ring is not None]
+        if not versions.filling or not all(
+            s.complete and s.offered == versions.filling for s in sources
+        ):
+            return
+        version = versions.filling
+        if not versions.swap():
+            return  # `take` comes back here
+        for source in sources:
+            source.offered = 0
+            self._tell_have(source, version)
+
+    def _tell_have(self, source: Source, version: int) -> None:
+        self._tell(
+            *(source.peer, "have"),
+            version=version,
+            verify_us=int(self._verify_s * 1e6),
+            unpack_us=int(self._unpack_s * 1e6),
+        )
+
+    # --- What does not come ---
+
+    def _refused(self, source: Source, fields: dict[str, Any]) -> None:
+        error = FabricError(f"the sender, rank {source.rank}: {fields['why']}")
+        if fields["version"] == 0:
+            self._drop(source.peer, error)
+        elif fields["version"] == source.offered:
+            source.offered = 0
+            self._abandon(error)
+
+    def _drop(self, peer: int, error: FabricError) -> None:
+        source = self._sources.pop(peer, None)
+        if source is None:
+            return
+        if isinstance(error, PeerLostError):
+            error = PeerLostError(
+                f"the sender, rank {source.rank}, is lost: {error}; connect to its "
+                "successor",
+                (source.rank,),
+            )
+        self._abandon(error, stays=True)
+
+    def _abandon(self, error: FabricError, *, stays: bool = False) -> None:
+        """Gives up the version that is being filled."""
+        version = self._versions.filling
+        self._versions.fail(error, stays=stays)
+        if not version:
+            return
+        for source in self._sources.values():
+            if source.offered == version:
+                source.offered = 0
+                self._tell(source.peer, "refuse", version=version, why=str(error))
+
+    def _tell(self, peer: int, kind: str, **fields: Any) -> None:
+        try:
+            self.engine.submit_send(peer, _frames.encode(kind, **fields))
+        except FabricError:
+            return  # it is lost, which is noticed elsewhere
+
+
+def _claimed(slot: Any) -> tuple[int, int]:
+    """The version and bucket that a slot's header names; not checked yet."""
+    return (
+        int(slot[:8].view(np.uint64)[0]),
+        int(slot[8:12].view(np.uint32)[0]),
+    )

@@ -1,0 +1,118 @@
+"""Buckets: boxes that travel between two ranks as one write."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+BLOCK = 128  # of quantised leaves, in both dimensions
+_ALIGNMENT = 64  # of boxes in a bucket
+
+
+class Move(NamedTuple):
+    """A box of one source tile that becomes a box of one target tile.
+
+    Attributes:
+      link: number of the `Link`.
+      source_tile, target_tile: numbers of tiles, in row-major order.
+      source_start, target_start, shape: of the box in its tile, in elements, with as
+        many dimensions as the link.
+      offset: of its first byte in its bucket.
+      nbytes: of its elements in the target's dtype.
+      scales: offset of its scales in the bucket; -1 where there are none.
+    """
+
+    link: int
+    source_tile: int
+    target_tile: int
+    source_start: tuple[int, ...]
+    target_start: tuple[int, ...]
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int = 0
+    scales: int = -1
+
+
+class Bucket(NamedTuple):
+    """Moves between two ranks that travel as one write.
+
+    Attributes:
+      moves: in the order in which they lie in it.
+      nbytes: of all of it.
+    """
+
+    moves: tuple[Move, ...]
+    nbytes: int
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a box that begins at a block."""
+    return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
+
+
+def in_parts(move: Move, bucket_bytes: int, quantised: bool) -> Iterator[Move]:
+    """Cuts a move into moves that fit a bucket, along its outer dimensions.
+
+    Quantised ones are cut between blocks only.
+    """
+    itemsize = move.nbytes // max(1, math.prod(move.shape))
+    steps = list(move.shape)
+    for axis in range(len(steps)):
+        if _room(tuple(steps), itemsize, quantised) <= bucket_bytes:
+            break
+        inner = math.prod(steps[axis + 1 :]) * itemsize
+        unit = BLOCK if quantised and axis >= len(steps) - 2 else 1
+        # Half of a bucket, since scales and alignment take room, too.
+        fits = max(1, bucket_bytes // 2 // (inner * unit))
+        steps[axis] = min(steps[axis], fits * unit)
+    for start in itertools.product(
+        *(range(0, n, step) for n, step in zip(move.shape, steps, strict=True))
+    ):
+        shape = tuple(
+            min(step, size - begin)
+            for begin, size, step in zip(start, move.shape, steps, strict=True)
+        )
+        yield move._replace(
+            source_start=_add(move.source_start, start),
+            target_start=_add(move.target_start, start),
+            shape=shape,
+            nbytes=math.prod(shape) * itemsize,
+        )
+
+
+def in_buckets(
+    moves: Iterable[tuple[Move, bool]], bucket_bytes: int
+) -> Iterator[Bucket]:
+    """Fills buckets in order; each move comes with whether it is quantised."""
+    filled: list[Move] = []
+    used = 0
+    for whole, quantised in moves:
+        itemsize = whole.nbytes // max(1, math.prod(whole.shape))
+        for move in in_parts(whole, bucket_bytes, quantised):
+            room = _room(move.shape, itemsize, quantised)
+            if filled and used + room > bucket_bytes:
+                yield Bucket(tuple(filled), used)
+                filled, used = [], 0
+            scales = used + _aligned(move.nbytes) if quantised else -1
+            filled.append(move._replace(offset=used, scales=scales))
+            used += room
+    if filled:
+        yield Bucket(tuple(filled), used)
+
+
+def _room(shape: tuple[int, ...], itemsize: int, quantised: bool) -> int:
+    """Bytes that a box takes in a bucket, its scales included."""
+    nbytes = _aligned(math.prod(shape) * itemsize)
+    if quantised:
+        nbytes += _aligned(4 * math.prod(scale_shape(shape)))
+    return nbytes
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _add(start: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(start, more, strict=True))

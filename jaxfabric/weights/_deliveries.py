@@ -1,0 +1,375 @@
+"""Deliveries: the receivers of a Sender, from their greeting to each version's end."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxfabric._errors import (
+    DeadlineError,
+    FabricError,
+    OutcomeUnknownError,
+    PeerLostError,
+)
+from jaxfabric._net_addr import MrDesc
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights import _frames
+from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._pack import pack
+from jaxfabric.weights._plan import Plan
+from jaxfabric.weights._push import Push, Receipt
+from jaxfabric.weights._slot import HEADER_BYTES, seal
+from jaxfabric.weights._target import Job, Target
+from jaxfabric.weights._watch import watch
+from jaxfabric.weights._worker import Worker
+
+_NAME_CHARS_MAX = 128
+_TRIES = 3  # of a bucket that comes spoilt
+
+
+class Deliveries:
+    """The part of a Sender that runs on its worker's thread.
+
+    Args:
+      plan_to: the plan to a layout; raises PlanMismatchError.
+      bucket_bytes: of that plan.
+      staging: buckets that are packed at a time.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        rank: int,
+        plan_to: Callable[[TreeLayout], Plan],
+        bucket_bytes: int,
+        staging: int,
+    ) -> None:
+        self.engine, self.rank = engine, rank
+        self._plan_to = plan_to
+        self._staging = engine.alloc((staging, HEADER_BYTES + bucket_bytes))
+        self._free = list(range(staging))
+        self._targets: dict[int, Target] = {}
+        self._turns: collections.deque[int] = collections.deque()
+        self._latest: Job | None = None
+        self._current: Job | None = None
+        self._queue: collections.deque[Job] = collections.deque()
+        self._worker = Worker("jf.weights.Sender")
+        engine.submit_recvs(self._from_peer)
+
+    # --- Greetings ---
+
+    def _from_peer(self, peer: int, data: bytes) -> None:
+        self._worker.post(lambda: self._on_message(peer, data))
+
+    def _on_message(self, peer: int, data: bytes) -> None:
+        target = self._targets.get(peer)
+        try:
+            if _frames.is_part(data):
+                if target is not None and target.layout_parts is not None:
+                    self._take_layout(target, data)
+                return
+            kind, fields = _frames.decode(data)
+            if kind == "hello":
+                self._hello(peer, fields)
+            elif target is not None and kind in _HANDLERS:
+                _HANDLERS[kind](self, target, fields)
+        except FabricError as error:
+            self._tell(peer, "refuse", version=0, why=str(error))
+            self._drop(peer, error)
+
+    def _hello(self, peer: int, fields: dict[str, Any]) -> None:
+        if fields["version"] != _frames.VERSION:
+            raise FabricError(
+                f"jf.weights: the receiver speaks version {fields['version']}, the "
+                f"sender {_frames.VERSION}: run the same jaxfabric on both sides"
+            )
+        if peer in self._targets:
+            self._drop(peer, FabricError("it began anew"))
+        else:
+            watch(self.engine, peer, lambda error: self._lost(peer, error))
+        parts = _frames.Parts(fields["nbytes"])
+        name = f"{fields['name'][:_NAME_CHARS_MAX]}/{fields['rank']}"
+        self._targets[peer] = Target(peer, fields["rank"], name, parts)
+        self._turns.append(peer)
+
+    def _take_layout(self, target: Target, data: bytes) -> None:
+        assert target.layout_parts is not None
+        whole = target.layout_parts.add(data)
+        if whole is None:
+            return
+        target.layout_parts = None
+        layout = TreeLayout.from_bytes(whole)
+        target.plan = self._plan_to(layout)
+        if target.rank not in layout.ranks:
+            raise FabricError(f"jf.weights: the target's layout has no {target.rank}")
+        target.buckets = target.plan.sends(self.rank).get(target.rank, [])
+        data = target.plan.to_bytes()
+        self._tell(
+            *(target.peer, "welcome"),
+            version=_frames.VERSION,
+            rank=self.rank,
+            nbytes=len(data),
+        )
+        for part in _frames.in_parts(data):
+            self.engine.submit_send(target.peer, part)
+
+    def _on_ready(self, target: Target, fields: dict[str, Any]) -> None:
+        if target.plan is None or target.memory is not None:
+            return
+        if not 1 <= fields["slots"] <= 1 << 16 or fields["id"] >= 1 << 27:
+            raise FabricError("jf.weights: a receiver's ring is malformed")
+        target.memory = MrDesc.from_bytes(bytes.fromhex(fields["memory"]))
+        target.first_id = fields["id"]
+        target.slots = list(range(fields["slots"]))
+        self._tell(target.peer, "joined")
+        if self._latest is None or self._queue:
+            return  # the next push is for it, too
+        if self._current is None:
+            catch_up = Push(self._latest.version, self._cancel)
+            now = time.monotonic()
+            limit_s = self.engine.timeout_s
+            self._current = Job(
+                *(self._latest.version, self._latest.tile_of, catch_up),
+                *(now + limit_s, now),
+            )
+            self._worker.after(limit_s, functools.partial(self._expire, self._current))
+        self._offer(target, self._current)
+
+    def _on_go(self, target: Target, fields: dict[str, Any]) -> None:
+        job = target.job
+        if job is not None and fields["version"] == job.version and not target.went:
+            target.went = True
+            if not job.first_post:
+                job.push._adds("wait", time.monotonic() - job.waits_since)
+                job.first_post = time.monotonic()
+            self._pump()
+
+    def _on_took(self, target: Target, fields: dict[str, Any]) -> None:
+        if target.under_way.pop(fields["slot"], None) is not None:
+            target.slots.append(fields["slot"])
+            self._pump()
+
+    def _on_spoilt(self, target: Target, fields: dict[str, Any]) -> None:
+        found = target.under_way.pop(fields["slot"], None)
+        if found is None:
+            return
+        target.slots.append(fields["slot"])
+        version, number = found
+        if target.job is not None and version == target.job.version:
+            target.spoilt += 1
+            target.again.append(number)
+            if target.spoilt > _TRIES:
+                why = (
+                    f"bucket {number} came with a wrong checksum; {target.spoilt} "
+                    "buckets did: look at memory and NICs of both sides"
+                )
+                self._give_up(target, FabricError(why))
+        self._pump()
+
+    def _on_have(self, target: Target, fields: dict[str, Any]) -> None:
+        job = target.job
+        if job is not None and fields["version"] == job.version:
+            receipt = Receipt(fields["verify_us"] / 1e6, fields["unpack_us"] / 1e6)
+            self._end(target, receipt)
+
+    def _on_refuse(self, target: Target, fields: dict[str, Any]) -> None:
+        job = target.job
+        error = FabricError(f"refused: {fields['why']}")
+        if fields["version"] == 0:
+            self._drop(target.peer, error)
+        elif job is not None and fields["version"] == job.version:
+            self._end(target, error)
+
+    # --- Versions ---
+
+    def _next_job(self) -> None:
+        if self._current is not None or not self._queue:
+            return
+        job = self._current = self._queue.popleft()
+        for target in list(self._targets.values()):
+            if target.memory is not None:
+                self._offer(target, job)
+        left = max(0.0, job.until - time.monotonic())
+        self._worker.after(left, lambda: self._expire(job))
+        self._finish_job()
+
+    def _offer(self, target: Target, job: Job) -> None:
+        target.begin(job)
+        job.push._opens(target.name, target.nbytes)
+        self._tell(target.peer, "begin", version=job.version)
+
+    def _pump(self) -> None:
+        """Packs and writes what there is room for, receiver by receiver."""
+        skipped = 0
+        while self._free and skipped < len(self._turns):
+            peer = self._turns[0]
+            self._turns.rotate(-1)
+            target = self._targets.get(peer)
+            number = None if target is None else target.ready_bucket()
+            if target is None or number is None:
+                skipped += 1
+                continue
+            skipped = 0
+            if target.again:
+                target.again.pop(0)
+            else:
+                target.next += 1
+            self._write(target, number)
+
+    def _write(self, target: Target, number: int) -> None:
+        job, made = target.job, target.plan
+        assert job is not None
+        assert made is not None
+        assert target.memory is not None
+        bucket = target.buckets[number]
+        staged = self._free.pop()
+        memory = self._staging.array[staged]
+        begin = time.monotonic()
+        try:
+            pack(made, bucket, job.tile_of, memory[HEADER_BYTES:])
+        except RuntimeError as error:  # JAX's: the array was deleted
+            self._free.append(staged)
+            self._give_up(
+                target,
+                FabricError(
+                    f"the parameters of version {job.version} are gone ({error}); do "
+                    "not donate them before the push is done"
+                ),
+            )
+            return
+        packed = time.monotonic()
+        seal(memory, job.version, number, bucket.nbytes)
+        job.push._adds("pack", packed - begin)
+        job.push._adds("seal", time.monotonic() - packed)
+        slot = target.slots.pop()
+        target.under_way[slot] = job.version, number
+        nbytes = HEADER_BYTES + bucket.nbytes
+        try:
+            future = self.engine.submit_single_write(
+                memory[:nbytes],
+                target.memory,
+                target.first_id + slot,
+                target_offset=slot * (HEADER_BYTES + made.bucket_bytes),
+                timeout_s=max(0.1, job.until - time.monotonic()),
+            )
+        except FabricError as error:
+            self._free.append(staged)
+            self._broken(target, error)
+            return
+        future.add_done_callback(
+            lambda done: self._worker.post(
+                lambda: self._written(target, job, staged, nbytes, done.exception(0))
+            )
+        )
+
+    def _written(
+        self,
+        target: Target,
+        job: Job,
+        staged: int,
+        nbytes: int,
+        error: FabricError | None,
+    ) -> None:
+        self._free.append(staged)
+        if error is not None:
+            self._broken(target, error)
+        else:
+            job.push._wrote(nbytes)
+            job.push._phases["transfer"] = time.monotonic() - job.first_post
+        self._pump()
+
+    # --- How it ends ---
+
+    def _end(self, target: Target, outcome: Receipt | FabricError) -> None:
+        job, target.job = target.job, None
+        if job is not None:
+            job.push._ends(target.name, outcome)
+            self._finish_job()
+
+    def _finish_job(self) -> None:
+        job = self._current
+        if job is None or any(t.job is job for t in self._targets.values()):
+            return
+        self._current = None
+        job.push._resolve()
+        self._next_job()
+
+    def _give_up(self, target: Target, error: FabricError) -> None:
+        """Ends a version for one receiver, which goes on."""
+        job = target.job
+        if job is None:
+            return
+        self._tell(target.peer, "refuse", version=job.version, why=str(error))
+        if target.all_taken():
+            error = OutcomeUnknownError(
+                f"all was written, and it did not say that it has it: {error}"
+            )
+        self._end(target, error)
+
+    def _broken(self, target: Target, error: FabricError) -> None:
+        """A write failed: its ring cannot be used any more."""
+        if self._targets.get(target.peer) is target:
+            self._tell(target.peer, "refuse", version=0, why=str(error))
+            self._drop(target.peer, error)
+
+    def _drop(self, peer: int, error: FabricError) -> None:
+        target = self._targets.pop(peer, None)
+        if target is None:
+            return
+        self._turns.remove(peer)
+        if target.all_taken():
+            error = OutcomeUnknownError(
+                f"all was written, and it did not say that it has it: {error}"
+            )
+        self._end(target, error)
+
+    def _lost(self, peer: int, error: FabricError) -> None:
+        self._worker.post(lambda: self._drop(peer, error))
+
+    def _expire(self, job: Job) -> None:
+        self._stop(job, DeadlineError("the time limit of the push has passed"))
+
+    def _cancel(self, handle: Push) -> None:
+        def cancel() -> None:
+            for job in [self._current, *self._queue]:
+                if job is not None and job.push is handle:
+                    self._stop(job, FabricError("cancelled by the sender"))
+
+        self._worker.post(cancel)
+
+    def _stop(self, job: Job, error: FabricError) -> None:
+        if job in self._queue:  # never began
+            self._queue.remove(job)
+            job.push._opens("all", 0)
+            job.push._ends("all", error)
+            job.push._resolve()
+        for target in list(self._targets.values()):
+            if target.job is job:
+                self._give_up(target, error)
+
+    def _leave(self) -> None:
+        while self._queue:
+            self._stop(self._queue[0], FabricError("the Sender was closed"))
+        for peer in list(self._targets):
+            why = "the Sender was closed"
+            self._tell(peer, "refuse", version=0, why=why)
+            self._drop(peer, PeerLostError(why, (self.rank,)))
+
+    def _tell(self, peer: int, kind: str, **fields: Any) -> None:
+        try:
+            self.engine.submit_send(peer, _frames.encode(kind, **fields))
+        except FabricError:
+            return  # it is lost, which is noticed elsewhere
+
+
+_HANDLERS: dict[str, Callable[[Deliveries, Target, dict[str, Any]], None]] = {
+    "ready": Deliveries._on_ready,
+    "go": Deliveries._on_go,
+    "took": Deliveries._on_took,
+    "spoilt": Deliveries._on_spoilt,
+    "have": Deliveries._on_have,
+    "refuse": Deliveries._on_refuse,
+}

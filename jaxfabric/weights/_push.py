@@ -1,0 +1,173 @@
+"""Push: one version on its way from one source rank to its receivers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxfabric._errors import FabricError, OutcomeUnknownError, PeerLostError
+
+
+class Receipt(NamedTuple):
+    """What a receiver said of a version that it has.
+
+    Attributes:
+      verify_s: seconds that it took to check what came.
+      unpack_s: seconds that it took to put it in its place.
+    """
+
+    verify_s: float
+    unpack_s: float
+
+
+class PushStats(NamedTuple):
+    """Where the time of a push went, in seconds, and what it moved.
+
+    Attributes:
+      wait_s: until the first receiver was ready for the version.
+      pack_s: to copy, cast and quantise, with copies from devices.
+      seal_s: to compute checksums.
+      transfer_s: from the first write to the last one's end; overlaps with the others.
+      total_s: from `push` to the last receipt.
+      nbytes: written by this rank.
+      writes: how many.
+      receipts: by receiver.
+    """
+
+    wait_s: float
+    pack_s: float
+    seal_s: float
+    transfer_s: float
+    total_s: float
+    nbytes: int
+    writes: int
+    receipts: dict[str, Receipt]
+
+
+class Push:
+    """A version that is being pushed; from `Sender.push`.
+
+    Attributes:
+      version: its number.
+
+    Example::
+
+      push = sender.push(params, version=7)
+      train_step()                    # meanwhile
+      push.wait()
+      print(push.stats().total_s)
+    """
+
+    def __init__(self, version: int, cancel: Callable[[Push], None]) -> None:
+        self.version = version
+        self._cancel = cancel
+        self._begin = time.monotonic()
+        self._changed = threading.Condition()
+        self._open: set[str] = set()
+        self._failures: dict[str, FabricError] = {}
+        self._receipts: dict[str, Receipt] = {}
+        self._done = False
+        self._total = self._written = 0
+        self._phases = dict.fromkeys(("wait", "pack", "seal", "transfer", "total"), 0.0)
+        self._writes = 0
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._done
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are written, and bytes that are to be written."""
+        return self._written, self._total
+
+    def wait(self, timeout_s: float | None = None) -> dict[str, Receipt]:
+        """Waits until all receivers have the version; their receipts.
+
+        A receiver is named by its engine's name and its rank, as in ``"host:4711/0"``.
+
+        Args:
+          timeout_s: how long to wait; ``None``: until it ends by its own time limit.
+
+        Raises:
+          TimeoutError: it has not ended within ``timeout_s``; it goes on.
+          OutcomeUnknownError: a receiver was lost, or fell silent, after all was
+            written: it may have the version.
+          PeerLostError: receivers were lost before.
+          FabricError: it was cancelled, refused, or ran out of time; each error names
+            the receivers. The others have the version.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._done, timeout_s):
+                raise TimeoutError(
+                    f"push of version {self.version}: not done after {timeout_s} s of "
+                    "waiting; it goes on"
+                )
+        if self._failures:
+            raise self._error()
+        return dict(self._receipts)
+
+    def outcomes(self) -> dict[str, Receipt | FabricError | None]:
+        """Of each receiver; ``None`` while it is open."""
+        with self._changed:
+            return {
+                **dict.fromkeys(self._open),
+                **self._receipts,
+                **self._failures,
+            }
+
+    def cancel(self) -> None:
+        """Asks it to end early: receivers drop what they have of the version."""
+        self._cancel(self)
+
+    def stats(self) -> PushStats:
+        """Where its time went so far."""
+        return PushStats(
+            **{f"{phase}_s": seconds for phase, seconds in self._phases.items()},
+            nbytes=self._written,
+            writes=self._writes,
+            receipts=dict(self._receipts),
+        )
+
+    # --- For the Sender ---
+
+    def _adds(self, phase: str, seconds: float) -> None:
+        self._phases[phase] += seconds
+
+    def _opens(self, name: str, nbytes: int) -> None:
+        with self._changed:
+            self._open.add(name)
+            self._total += nbytes
+
+    def _wrote(self, nbytes: int) -> None:
+        self._written += nbytes
+        self._writes += 1
+
+    def _ends(self, name: str, outcome: Receipt | FabricError) -> None:
+        with self._changed:
+            if name not in self._open:
+                return
+            self._open.discard(name)
+            if isinstance(outcome, FabricError):
+                self._failures[name] = outcome
+            else:
+                self._receipts[name] = outcome
+
+    def _resolve(self) -> None:
+        with self._changed:
+            if not self._done and not self._open:
+                self._phases["total"] = time.monotonic() - self._begin
+                self._done = True
+                self._changed.notify_all()
+
+    def _error(self) -> FabricError:
+        names = sorted(self._failures)
+        took = self._phases["total"]
+        text = f"push of version {self.version}: failed after {took:.1f} s: " + (
+            "; ".join(f"receiver {name}: {self._failures[name]}" for name in names[:8])
+        )
+        kinds = {type(error) for error in self._failures.values()}
+        for kind in (OutcomeUnknownError, PeerLostError):
+            if kind in kinds:
+                return kind(text)
+        return (kinds.pop() if len(kinds) == 1 else FabricError)(text)

@@ -1,0 +1,192 @@
+"""Receiver: one rank of a sampler, which takes versions of a trainer's parameters."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxfabric._errors import DeadlineError, FabricError
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights._arrivals import Arrivals
+from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._shards import target_tree
+from jaxfabric.weights._tiles import TilesByKey
+
+
+class Taken(NamedTuple):
+    """What `Receiver.take` gives.
+
+    Attributes:
+      version: its number.
+      params: tree of arrays, all of that version.
+    """
+
+    version: int
+    params: Any
+
+
+class Receiver(Arrivals):
+    """One rank of a sampler: takes versions that all ranks of a trainer push.
+
+    A version becomes visible when all of it has come and every checksum is right; a
+    half of one never does. Until `take` the sampler goes on with the one it has. The
+    arrays of all versions have the same shapes, dtypes and shardings, so programs are
+    not compiled again.
+
+    Memory on the host: twice what this rank holds of the tree, and ``slots`` buckets
+    for each rank of the trainer. `take` makes the arrays of a version; the user's are
+    his own.
+
+    Args:
+      engine: a TransferEngine of this receiver's own: it takes all its messages.
+      like: tree of arrays, or of ``jax.ShapeDtypeStruct`` with shardings: what `take`
+        makes.
+      layout: of that tree; ``None`` is ``TreeLayout.of(like)``.
+      rank: of this process in the layout.
+      leader: where the sampler has several ranks, the `address` of its lowest one,
+        through which they agree on what they take; ``None`` on that one itself.
+      slots: buckets that each rank of the trainer may have on the way.
+
+    Raises:
+      ValueError: the layout has no such rank.
+
+    Example::
+
+      receiver = jf.weights.Receiver(jf.TransferEngine(job="rl", token=t), params)
+      receiver.connect(trainer_addresses)
+      version, params = receiver.take(min_version=1, timeout_s=60)
+      while True:
+          tokens = generate(params, prompts)
+          version, params = receiver.take()      # newer ones, as they come
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        like: Any,
+        *,
+        layout: TreeLayout | None = None,
+        rank: int = 0,
+        leader: bytes | None = None,
+        slots: int = 4,
+    ) -> None:
+        described = TreeLayout.of(like) if layout is None else layout
+        if rank not in described.ranks:
+            raise ValueError(f"Receiver: rank={rank} is none of {described.ranks[:16]}")
+        self._like = like
+        self._current: Taken | None = None
+        self._closed = False
+        super().__init__(engine, described, rank, leader, slots)
+
+    def address(self) -> bytes:
+        """What other ranks of the sampler take as ``leader``."""
+        return self.engine.address().to_bytes()
+
+    @property
+    def version(self) -> int:
+        """The newest version that is whole here; 0 before the first."""
+        return self._versions.newest
+
+    def connect(
+        self, addresses: Sequence[bytes], timeout_s: float | None = None
+    ) -> None:
+        """Asks a trainer for its versions, the newest one first, if it has one.
+
+        Args:
+          addresses: `Sender.address` of all its ranks, in any order. Those of a
+            trainer that was started again take the places of the old ones.
+          timeout_s: until all have answered; ``None`` is the engine's.
+
+        Raises:
+          PeerLostError, DeadlineError: an address is stale, or does not answer.
+          PlanMismatchError: no plan leads from the trainer's layout to this one.
+        """
+        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
+        until = time.monotonic() + limit_s
+        peers = [self.engine.connect(address, limit_s) for address in addresses]
+        numbers = [future.result() for future in peers]
+        self._versions.begin(self._versions.filling)
+        for peer in numbers:
+            self._worker.post(functools.partial(self._hello, peer))
+
+        def answered() -> bool:
+            found = [self._sources.get(peer) for peer in numbers]
+            return self._versions.failure is not None or all(
+                source is not None and source.joined for source in found
+            )
+
+        with self._versions.changed:
+            if not self._versions.changed.wait_for(
+                answered, max(0.0, until - time.monotonic())
+            ):
+                raise DeadlineError(
+                    f"Receiver.connect: not all of {len(numbers)} senders have "
+                    f"answered after {limit_s} s"
+                )
+            if self._versions.failure is not None:
+                raise self._versions.failure
+
+    def take(self, min_version: int = 0, timeout_s: float | None = None) -> Taken:
+        """The newest version that all ranks of the sampler have.
+
+        With several ranks all call it as often, and get the same version.
+
+        Args:
+          min_version: waits for this one, or a later one.
+          timeout_s: how long; ``None`` is the engine's.
+
+        Returns:
+          The version and its arrays: the same ones as before if there is nothing
+          newer.
+
+        Raises:
+          DeadlineError: it has not come in time. What was taken before stays valid.
+          PeerLostError: a sender is lost, whose part is missing.
+          FabricError: the sender has given the version up, and says why.
+        """
+        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
+        version = self._agreement.agree(max(1, min_version), limit_s)
+        try:
+            if self._current is None or self._current.version != version:
+                self._current = Taken(version, self._tree(self._versions.front))
+        finally:
+            self._versions.release()
+        self._worker.post(self._advance)
+        return self._current
+
+    def _tree(self, tiles: TilesByKey) -> Any:
+        return target_tree(self.layout, self._like, tiles)
+
+    def stats(self) -> dict[str, float]:
+        """Versions, number of sources, bytes of memory, and what became of buckets."""
+        rings = [s.ring.array.nbytes for s in self._sources.values() if s.ring]
+        return {
+            "version": self._versions.newest,
+            "filling": self._versions.filling,
+            "sources": len(self._sources),
+            "bytes": self._versions.nbytes + sum(rings),
+            "spoilt": self._spoilt,
+            "verify_s": self._verify_s,
+            "unpack_s": self._unpack_s,
+        }
+
+    def close(self) -> None:
+        """Takes no more; may be called again. What was taken stays valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._versions.fail(FabricError("the Receiver was closed"), stays=True)
+        for peer in list(self._sources):
+            self._tell(peer, "refuse", version=0, why="the Receiver was closed")
+        self._worker.close()
+        if not self.engine.closed:
+            self.engine.submit_recvs(None)
+            self.engine.drain()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self.close()

@@ -1,0 +1,175 @@
+"""Sender: one rank of a trainer, which pushes versions of its parameters."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+from jaxfabric._errors import CapacityError, FabricError, PlanMismatchError
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights._deliveries import Deliveries
+from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._match import Rename
+from jaxfabric.weights._plan import BUCKET_BYTES, Plan
+from jaxfabric.weights._plan import plan as make_plan
+from jaxfabric.weights._push import Push
+from jaxfabric.weights._shards import HostTiles, source_tiles
+from jaxfabric.weights._target import Job
+
+_WAITING_MAX = 1
+
+
+class Sender(Deliveries):
+    """One rank of a trainer: writes versions of its parameters to receivers.
+
+    Receivers come by themselves, at any time: they connect to `address`. Each gets
+    the newest version as soon as it is there, and every one that is pushed later. All
+    ranks of the trainer push the same versions.
+
+    Args:
+      engine: a TransferEngine of this sender's own: it takes all its messages.
+      layout: of the parameters, from `TreeLayout.of`; the same on all ranks.
+      rank: of this process in the layout.
+      plan: to the receivers' layout; ``None`` makes one for each layout that comes,
+        with the options that follow.
+      bucket_bytes, rename, cast, scales: as for `jf.weights.plan`.
+      staging: buckets that are packed at a time. It takes
+        ``staging * bucket_bytes`` of registered memory.
+      host_bytes: of tiles that are kept in host memory, if the parameters are not.
+
+    Raises:
+      ValueError: the layout has no such rank.
+
+    Example::
+
+      layout = jf.weights.TreeLayout.of(params)
+      sender = jf.weights.Sender(jf.TransferEngine(job="rl", token=t), layout)
+      publish(sender.address())
+      push = sender.push(params, version=1)
+      params = train_step(params)
+      push.wait()
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        layout: TreeLayout,
+        *,
+        rank: int = 0,
+        plan: Plan | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        rename: Rename | None = None,
+        cast: bool = False,
+        scales: str | None = None,
+        staging: int = 4,
+        host_bytes: int = 256 << 20,
+    ) -> None:
+        if rank not in layout.ranks:
+            raise ValueError(f"Sender: rank={rank} is none of {layout.ranks[:16]}")
+        self.layout = layout
+        self._plan = plan
+        self._make_plan = functools.partial(
+            make_plan,
+            layout,
+            bucket_bytes=bucket_bytes,
+            rename=rename,
+            cast=cast,
+            scales=scales,
+        )
+        self._plans: dict[TreeLayout, Plan] = {}
+        self._host_bytes = host_bytes
+        self._closed = False
+        super().__init__(
+            *(engine, rank, self._plan_of),
+            plan.bucket_bytes if plan else bucket_bytes,
+            staging,
+        )
+
+    def address(self) -> bytes:
+        """What `Receiver.connect` takes."""
+        return self.engine.address().to_bytes()
+
+    def receivers(self) -> dict[str, str]:
+        """The receivers that are connected, and what they are doing."""
+        return {
+            target.name: "idle"
+            if target.job is None
+            else f"version {target.job.version}, {target.next} of "
+            f"{len(target.buckets)} buckets"
+            for target in list(self._targets.values())
+            if target.memory is not None
+        }
+
+    def push(
+        self, params: Any, version: int, *, timeout_s: float | None = None
+    ) -> Push:
+        """Begins to write a version to all receivers; returns at once.
+
+        The arrays must live until it is done, and as long as it is the newest
+        version: receivers that come later get it. So do not donate them to a program
+        before the next push; on CPU JAX copies instead.
+
+        Args:
+          params: tree of arrays, of the layout.
+          version: above all that were pushed before, and above 0.
+          timeout_s: for all of it; ``None`` is the engine's.
+
+        Raises:
+          CapacityError: two pushes are under way already; wait for one.
+          FabricError: the tree is not that of the layout, or the version is not new.
+
+        Example::
+
+          sender.push(params, version=step).wait()
+        """
+        newest = self._latest.version if self._latest else 0
+        if self._closed or not newest < version < 1 << 63:
+            why = "the Sender is closed" if self._closed else f"{newest} was pushed"
+            raise FabricError(f"push of version {version}: {why}")
+        if len(self._queue) > _WAITING_MAX:
+            raise CapacityError(
+                f"push of version {version}: {len(self._queue)} pushes wait; wait() "
+                "for one of them"
+            )
+        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
+        handle = Push(version, self._cancel)
+        now = time.monotonic()
+        tile_of = HostTiles(self._tiles(params), self._host_bytes)
+        job = Job(version, tile_of, handle, now + limit_s, now)
+        self._latest = job
+        self._queue.append(job)
+        self._worker.post(self._next_job)
+        return handle
+
+    def _tiles(self, params: Any) -> dict[tuple[int, int], Any]:
+        return source_tiles(self.layout, params)
+
+    def close(self) -> None:
+        """Ends what is under way, and takes leave; may be called again."""
+        if self._closed:
+            return
+        self._worker.post(self._leave)
+        self._worker.close()
+        self._closed = True
+        if not self.engine.closed:
+            self.engine.submit_recvs(None)
+            self.engine.drain()
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self.close()
+
+    def _plan_of(self, layout: TreeLayout) -> Plan:
+        if self._plan is not None:
+            if self._plan.target != layout:
+                raise PlanMismatchError(
+                    "jf.weights: the receiver's layout is not that of the Sender's "
+                    "plan=; make the plan anew, or leave it out"
+                )
+            return self._plan
+        if layout not in self._plans:
+            self._plans[layout] = self._make_plan(layout)
+        return self._plans[layout]

@@ -1,0 +1,41 @@
+"""A trainer's rank, as the receiver sees it: its buckets and the ring they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxfabric._transfer_memory import Region
+from jaxfabric.weights._buckets import Bucket
+from jaxfabric.weights._frames import Parts
+
+
+@dataclasses.dataclass
+class Source:
+    """One rank of the trainer.
+
+    Attributes:
+      peer: number of its engine.
+      parts: of its plan, until that is there.
+      rank: in its job; -1 until it has said so.
+      buckets: that it sends to this rank.
+      ring: slots that it writes into.
+      first_id: counts of slot ``i`` come under ``first_id + i``.
+      joined: whether it sends to this ring what it pushes from now on.
+      offered: the version that it wants to send; 0 for none.
+      taken: buckets of the version that is being filled.
+    """
+
+    peer: int
+    parts: Parts | None = None
+    rank: int = -1
+    buckets: list[Bucket] = dataclasses.field(default_factory=list)
+    ring: Region | None = None
+    first_id: int = 0
+    joined: bool = False
+    offered: int = 0
+    taken: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the version has come."""
+        return len(self.taken) == len(self.buckets)

@@ -1,0 +1,85 @@
+"""A receiver, as the sender sees it: its plan, its slots, and what is on its way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxfabric._net_addr import MrDesc
+from jaxfabric.weights._buckets import Bucket
+from jaxfabric.weights._frames import Parts
+from jaxfabric.weights._plan import Plan
+from jaxfabric.weights._push import Push
+
+
+@dataclasses.dataclass
+class Job:
+    """A version that is being pushed, and the arrays that it consists of."""
+
+    version: int
+    tile_of: Any  # of the number of a leaf and of a tile: its array on the host
+    push: Push
+    until: float
+    waits_since: float
+    first_post: float = 0.0
+
+
+@dataclasses.dataclass
+class Target:
+    """One receiver.
+
+    Attributes:
+      peer: number of its engine.
+      rank: in its job.
+      name: of its engine, and its rank.
+      layout_parts: until its layout is there.
+      plan: to its layout.
+      buckets: of this rank to it.
+      memory: its ring of slots; ``None`` until it is ready.
+      first_id: counts of slot ``i`` go to ``first_id + i``.
+      job: what it is being sent, or waits for.
+      went: it has said that it takes the version.
+      next: the bucket that is sent next.
+      again: buckets that came spoilt, to be sent once more.
+      slots: those of its ring that are free.
+      under_way: version and bucket in each slot that it has not emptied yet.
+      spoilt: how many came spoilt.
+    """
+
+    peer: int
+    rank: int
+    name: str
+    layout_parts: Parts | None
+    plan: Plan | None = None
+    buckets: list[Bucket] = dataclasses.field(default_factory=list)
+    memory: MrDesc | None = None
+    first_id: int = 0
+    job: Job | None = None
+    went: bool = False
+    next: int = 0
+    again: list[int] = dataclasses.field(default_factory=list)
+    slots: list[int] = dataclasses.field(default_factory=list)
+    under_way: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    spoilt: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its buckets."""
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+    def ready_bucket(self) -> int | None:
+        """The bucket that can be sent now, if there is one."""
+        if self.job is None or not self.went or not self.slots:
+            return None
+        if self.again:
+            return self.again[0]
+        return self.next if self.next < len(self.buckets) else None
+
+    def all_taken(self) -> bool:
+        """Whether it has taken all of the version that this rank has for it."""
+        return self.went and self.next == len(self.buckets) and not self.under_way
+
+    def begin(self, job: Job) -> None:
+        """Starts anew, with another version."""
+        self.job, self.went, self.next, self.spoilt = job, False, 0, 0
+        self.again.clear()

@@ -1,0 +1,66 @@
+"""Worker: one thread that does what happens, one thing after the other."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_JOIN_S = 10.0
+
+
+class Worker:
+    """Runs what is posted, in order, on a thread of its own.
+
+    What belongs to the thread needs no lock. What fails unexpectedly goes to
+    ``sys.excepthook``, and the thread goes on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = (
+            queue.SimpleQueue()
+        )
+        self._due: list[tuple[float, Callable[[], object]]] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, work: Callable[[], object]) -> None:
+        """Runs ``work()`` after what was posted before; nothing after `close`."""
+        if not self._closed:
+            self._queue.put(work)
+
+    def after(self, timeout_s: float, work: Callable[[], object]) -> None:
+        """Runs ``work()`` once that time has passed. For the worker's thread only."""
+        self._due.append((time.monotonic() + timeout_s, work))
+
+    def close(self) -> None:
+        """Ends after what was posted; not to be called by the worker itself."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+            self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                work = self._queue.get(timeout=self._until_due())
+            except queue.Empty:
+                work = self._next_due()
+            if work is None:
+                return
+            try:
+                work()
+            except Exception:
+                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+
+    def _until_due(self) -> float | None:
+        if not self._due:
+            return None
+        return max(0.0, min(due for due, _ in self._due) - time.monotonic())
+
+    def _next_due(self) -> Callable[[], object]:
+        first = min(range(len(self._due)), key=lambda i: self._due[i][0])
+        return self._due.pop(first)[1]

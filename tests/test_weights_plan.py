@@ -1,0 +1,314 @@
+"""Plans of jf.weights: pure functions, checked against whole arrays."""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from weights_cases import (
+    E4M3,
+    Arrays,
+    assert_tiles,
+    mesh,
+    poisoned,
+    tile,
+    two_layouts,
+    whole_arrays,
+)
+
+import jaxfabric as jf
+from jaxfabric.weights import (
+    LeafLayout,
+    MeshLayout,
+    Place,
+    Plan,
+    Split,
+    TreeLayout,
+    plan,
+)
+from jaxfabric.weights._pack import Tile, pack, unpack
+from jaxfabric.weights._quantise import quantise
+from jaxfabric.weights._tiles import TilesByKey
+
+MIB = 1 << 20
+
+
+def leaf(name: str, shape: tuple[int, ...], *spec: str, dtype: str = "float32") -> Any:
+    """On mesh 0, cut by at most one axis in each dimension ('' for none)."""
+    padded = (*spec, *[""] * (len(shape) - len(spec)))
+    cut = tuple((axis,) if axis else () for axis in padded)
+    return LeafLayout(name, shape, dtype, 0, cut)
+
+
+def tree(on: MeshLayout, *leaves: LeafLayout) -> TreeLayout:
+    return TreeLayout((on,), leaves)
+
+
+def carried_out(made: Plan, arrays: Arrays) -> dict[int, Any]:
+    """Runs a plan in memory: the tiles of each target rank."""
+    result = {rank: poisoned(made, rank) for rank in made.target.ranks}
+    arrived = {rank: made.receives(rank) for rank in made.target.ranks}
+    sent: collections.Counter[tuple[int, int]] = collections.Counter()
+    for source in made.source.ranks:
+        for target, buckets in made.sends(source).items():
+            assert arrived[target].pop(source) == buckets
+            for bucket in buckets:
+                assert 0 < bucket.nbytes <= made.bucket_bytes
+                data = np.full(bucket.nbytes, 0xEE, np.uint8)
+                pack(made, bucket, lambda n, t: tile(made.source, n, t, arrays), data)
+                unpack(made, bucket, tiles_at(result[target]), data)
+                sent[source, target] += sum(move.nbytes for move in bucket.moves)
+    assert not any(arrived.values())
+    assert sent == made.loads()
+    return result
+
+
+def tiles_at(tiles: TilesByKey) -> Tile:
+    return lambda leaf, which: tiles[leaf, which]
+
+
+def assert_arrived(made: Plan, arrays: Arrays, result: dict[int, Any]) -> None:
+    for tiles in result.values():
+        assert_tiles(made.target, arrays, tiles)
+
+
+@given(layouts=two_layouts(), seed=st.integers(0, 1000))
+@settings(max_examples=150, deadline=None)
+def test_each_rank_gets_its_part(layouts: Any, seed: int) -> None:
+    source, target = layouts
+    made = plan(source, target)
+    arrays = whole_arrays(source, seed)
+    assert_arrived(made, arrays, carried_out(made, arrays))
+    again = Plan.from_bytes(made.to_bytes())
+    assert again == made
+    assert again.digest == made.digest
+    assert again.summary() == made.summary()
+
+
+def test_boxes_larger_than_a_bucket_are_cut() -> None:
+    source = tree(mesh(2), leaf("w", (1024, 1024), "a"), leaf("b", (3, 5)))
+    target = tree(mesh(3), leaf("w", (1024, 1024)), leaf("b", (3, 5)))
+    made = plan(source, target, bucket_bytes=256 << 10)
+    arrays = whole_arrays(source)
+    assert_arrived(made, arrays, carried_out(made, arrays))
+    assert min(len(b) for b in made.sends(0).values()) >= 8
+
+
+def test_replicas_share_the_work() -> None:
+    source = tree(mesh(4, 2), *(leaf(f"w{i}", (64, 8), "b") for i in range(8)))
+    target = tree(mesh(2), *(leaf(f"w{i}", (64, 8), "a") for i in range(8)))
+    loads = plan(source, target).loads()
+    sent = [sum(n for (s, _), n in loads.items() if s == rank) for rank in range(8)]
+    assert sent == [8 * 64 * 8 * 4 // 8] * 8
+
+
+@given(layouts=two_layouts())
+@settings(max_examples=50, deadline=None)
+def test_nobody_sends_what_nobody_needs(layouts: Any) -> None:
+    source, target = layouts
+    loads = plan(source, target).loads()
+    received: collections.Counter[int] = collections.Counter()
+    for (_, rank), nbytes in loads.items():
+        received[rank] += nbytes
+    made = plan(source, target)
+    for rank in target.ranks:
+        held = sum(values.nbytes for values in poisoned(made, rank).values())
+        assert received[rank] == held
+
+
+# --- Other names and other pieces ------------------------------------------------
+
+
+def test_experts_are_stacked_and_split() -> None:
+    one = [leaf(f"experts.{i}.w", (8, 6), "a") for i in range(4)]
+    separate = tree(mesh(2), *one)
+    stacked = tree(mesh(4), leaf("w", (4, 8, 6), "a"))
+    arrays = whole_arrays(separate)
+    whole = {"w": np.stack([arrays[f"experts.{i}.w"] for i in range(4)])}
+    into = {f"experts.{i}.w": Place("w", index=i) for i in range(4)}
+    made = plan(separate, stacked, rename=into)
+    assert_arrived(made, whole, carried_out(made, arrays))
+    back = plan(stacked, separate, rename=lambda name: Split("experts.{}.w"))
+    assert_arrived(back, arrays, carried_out(back, whole))
+
+
+def test_halves_are_fused() -> None:
+    source = tree(mesh(2), leaf("gate", (6, 8), "", "a"), leaf("up", (6, 8), "a"))
+    target = tree(mesh(4), leaf("gate_up", (6, 16), "", "a"))
+    arrays = whole_arrays(source)
+    whole = {"gate_up": np.concatenate([arrays["gate"], arrays["up"]], axis=1)}
+    into = {
+        "gate": Place("gate_up", start=(0, 0)),
+        "up": Place("gate_up", start=(0, 8)),
+    }
+    made = plan(source, target, rename=into)
+    assert_arrived(made, whole, carried_out(made, arrays))
+
+
+def test_dtypes_are_rounded_once() -> None:
+    source = tree(mesh(2), leaf("w", (8, 8), "a"))
+    target = tree(mesh(1), leaf("w", (8, 8), dtype="bfloat16"))
+    arrays = whole_arrays(source)
+    with pytest.raises(jf.PlanMismatchError, match=r"w is float32 .* w is bfloat16"):
+        plan(source, target)
+    made = plan(source, target, cast=True)
+    whole = {"w": arrays["w"].astype("bfloat16")}
+    assert_arrived(made, whole, carried_out(made, arrays))
+
+
+@pytest.mark.parametrize("bucket_bytes", [256 << 10, 8 * MIB])
+def test_blocks_are_quantised(bucket_bytes: int) -> None:
+    source = tree(mesh(2, 2), leaf("w", (3, 512, 768), "", "a", "b"))
+    target = tree(
+        mesh(3),
+        leaf("w", (3, 512, 768), "a", dtype="float8_e4m3fn"),
+        leaf("w_scale_inv", (3, 4, 6), "a"),
+    )
+    arrays = whole_arrays(source)
+    arrays["w"][0, 3, 5], arrays["w"][1, :128, :128] = np.inf, 0
+    payload, scales = quantise(arrays["w"])
+    made = plan(source, target, scales="{}_scale_inv", bucket_bytes=bucket_bytes)
+    whole = {"w": payload, "w_scale_inv": scales}
+    assert_arrived(made, whole, carried_out(made, arrays))
+    finite = np.isfinite(scales).repeat(128, 1).repeat(128, 2)
+    near = payload.astype(np.float32) * scales.repeat(128, 1).repeat(128, 2)
+    error = np.abs(near - arrays["w"])[finite]
+    assert payload.dtype == E4M3
+    assert error.max() <= 101 * 2.0**-4  # half of the last of three bits
+    assert not finite[0, :128, :128].any()
+    assert finite[0, 128:].all()
+
+
+# --- What is refused ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "match"),
+    [
+        ([leaf("v", (8, 8))], {}, "w becomes v|w, which the target does not have"),
+        ([leaf("w", (8, 9))], {}, r"w has shape \(8, 8\).*\(8, 9\)"),
+        ([leaf("w", (8, 8)), leaf("v", (2,))], {}, r"nothing fills \(all of\) v"),
+        (
+            [leaf("w", (16, 8))],
+            {"rename": {"w": Place("w", start=(4, 0))}},
+            r"nothing fills \(all of\) w",
+        ),
+        (
+            [leaf("w", (16, 8))],
+            {"rename": {"w": Place("w", start=(9, 0))}},
+            "w has shape",
+        ),
+        ([leaf("w", (8, 8), dtype="int8")], {}, "cast=True"),
+        ([leaf("w", (8, 8))], {"rename": {"w": 3}}, "cannot become 3"),
+        (
+            [leaf("w", (8, 8), dtype="float8_e4m3fn"), leaf("w_s", (2, 1))],
+            {"scales": "{}_s"},
+            r"blocks of 128x128 need \(1, 1\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    target: list[LeafLayout], options: dict[str, Any], match: str
+) -> None:
+    source = tree(mesh(2), leaf("w", (8, 8), "a"))
+    with pytest.raises(jf.PlanMismatchError, match=match):
+        plan(source, tree(mesh(1), *target), **options)
+
+
+def test_a_leaf_that_is_filled_twice_is_refused() -> None:
+    source = tree(mesh(1), leaf("w", (8, 8)), leaf("v", (8, 8)))
+    target = tree(mesh(1), leaf("w", (16, 8)))
+    into = {"w": Place("w", start=(0, 0)), "v": Place("w", start=(7, 0))}
+    with pytest.raises(jf.PlanMismatchError, match="w would be filled twice"):
+        plan(source, target, rename=into)
+
+
+def test_blocks_that_are_cut_through_are_refused() -> None:
+    source = tree(mesh(2), leaf("w", (128, 128), "a"))
+    target = tree(
+        mesh(1),
+        leaf("w", (128, 128), dtype="float8_e4m3fn"),
+        leaf("w_s", (1, 1)),
+    )
+    with pytest.raises(jf.PlanMismatchError, match=r"w of shape .* through blocks"):
+        plan(source, target, scales="{}_s")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x" * 40, (8).to_bytes(8, "little") + b"abc", b"\xff" * 24]
+)
+def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
+    with pytest.raises(jf.FabricError, match=r"no plan|no tree"):
+        Plan.from_bytes(data)
+    with pytest.raises(jf.FabricError, match="no tree"):
+        TreeLayout.from_bytes(data)
+
+
+# --- Layouts -------------------------------------------------------------------------
+
+
+def test_a_layout_is_that_of_the_arrays() -> None:
+    devices = np.asarray(jax.devices()[:1]).reshape(1, 1)
+    on = jax.sharding.Mesh(devices, ("data", "model"))
+    spec = jax.sharding.PartitionSpec(None, ("data", "model"))
+    sharding = jax.sharding.NamedSharding(on, spec)
+    params = {
+        "layers": [{"w": jax.device_put(np.zeros((2, 4), np.float32), sharding)}],
+        "scale": np.zeros(3, np.float32),
+    }
+    made = TreeLayout.of(params)
+    assert [one.name for one in made.leaves] == ["layers.0.w", "scale"]
+    assert made.leaves[0].spec == ((), ("data", "model"))
+    assert made.ranks == (0,)
+    assert TreeLayout.from_bytes(made.to_bytes()) == made
+
+
+def test_a_layout_may_have_no_devices() -> None:
+    on = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
+    spec = jax.sharding.PartitionSpec("model")
+    sharding = jax.sharding.NamedSharding(on, spec)
+    params = {"w": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)}
+    made = TreeLayout.of(params, ranks=range(8))
+    assert made.ranks == tuple(range(8))
+    with pytest.raises(ValueError, match="AbstractMesh"):
+        TreeLayout.of(params)
+
+
+@pytest.mark.parametrize(
+    ("on", "bad", "match"),
+    [
+        (mesh(2), leaf("w", (3,), "a"), "cannot be cut into 2 equal parts"),
+        (mesh(2), leaf("w", (4,), "b"), "has the axes"),
+        (mesh(2), leaf("w", (4, 4), "a", "a"), "has the axes"),
+        (mesh(2), leaf("w", (4,), dtype="O"), "none of numbers"),
+        (mesh(2), leaf("w", (0,)), "has shape"),
+        (MeshLayout((("a", 2),), (0,)), leaf("w", (4,)), "2 positions, and 1 ranks"),
+    ],
+)
+def test_bad_layouts_are_refused(on: MeshLayout, bad: LeafLayout, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tree(on, bad)
+
+
+# --- Size ----------------------------------------------------------------------------
+
+
+def test_many_leaves_are_planned_in_seconds() -> None:
+    """64,000 leaves of 61 layers: planning depends on how many kinds there are."""
+    names = [f"{layer}.{i}" for layer in range(64) for i in range(1000)]
+    source = tree(mesh(8, 32), *(leaf(n, (256, 32), "b", "a") for n in names))
+    target = tree(mesh(16, 8), *(leaf(n, (256, 32), "a") for n in names))
+    begin = time.monotonic()
+    made = plan(source, target)
+    loads = made.loads()
+    took = time.monotonic() - begin
+    assert sum(loads.values()) == 64000 * math.prod((256, 32)) * 4 * 8
+    assert max(loads.values()) <= 1.01 * min(loads.values())
+    assert took < 60
