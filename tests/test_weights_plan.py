@@ -29,8 +29,10 @@ from jaxfabric.weights import (
     MeshLayout,
     Place,
     Plan,
+    Rates,
     Split,
     TreeLayout,
+    estimate,
     plan,
 )
 from jaxfabric.weights._pack import Tile, pack, unpack
@@ -107,6 +109,13 @@ def test_replicas_share_the_work() -> None:
     loads = plan(source, target).loads()
     sent = [sum(n for (s, _), n in loads.items() if s == rank) for rank in range(8)]
     assert sent == [8 * 64 * 8 * 4 // 8] * 8
+
+
+def test_replicas_share_one_leaf_too() -> None:
+    source = tree(mesh(4, 2), leaf("w", (64, 8), "b"))
+    target = tree(mesh(8), leaf("w", (64, 8), "a"))
+    loads = plan(source, target).loads()
+    assert sorted(sender for sender, _ in loads) == list(range(8))
 
 
 @given(layouts=two_layouts())
@@ -312,3 +321,18 @@ def test_many_leaves_are_planned_in_seconds() -> None:
     assert sum(loads.values()) == 64000 * math.prod((256, 32)) * 4 * 8
     assert max(loads.values()) <= 1.01 * min(loads.values())
     assert took < 60
+
+
+def test_an_estimate_is_that_of_the_busiest_rank() -> None:
+    source = tree(mesh(2), leaf("w", (1024, 1024), "a"))
+    target = tree(mesh(4), leaf("w", (1024, 1024), "a"))
+    made = plan(source, target, bucket_bytes=1 << 20)
+    rates = Rates(link=1e9, write_s=1e-3, device_to_host=4e9, memory=8e9)
+    found = estimate(made, rates)
+    assert (found.sent, found.received) == (2 * MIB, MIB)
+    assert (found.nbytes, found.writes) == (4 * MIB, 2)
+    assert found.link_s == pytest.approx(2 * MIB / 1e9 + 2e-3)
+    assert found.copy_s == pytest.approx(2 * MIB / 4e9)
+    assert found.pack_s == pytest.approx(2 * 2 * MIB / 8e9)
+    assert found.unpack_s == pytest.approx(2 * MIB / 8e9)
+    assert found.total_s == found.link_s

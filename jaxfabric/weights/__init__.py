@@ -8,6 +8,7 @@ the sampler takes them.
 from __future__ import annotations
 
 from jaxfabric.weights._buckets import Bucket, Move
+from jaxfabric.weights._cost import Estimate, Rates, estimate
 from jaxfabric.weights._layout import LeafLayout, MeshLayout, TreeLayout
 from jaxfabric.weights._match import Link, Place, Split
 from jaxfabric.weights._plan import Plan, plan
@@ -17,6 +18,7 @@ from jaxfabric.weights._sender import Sender
 
 __all__ = [
     "Bucket",
+    "Estimate",
     "LeafLayout",
     "Link",
     "MeshLayout",
@@ -25,11 +27,13 @@ __all__ = [
     "Plan",
     "Push",
     "PushStats",
+    "Rates",
     "Receipt",
     "Receiver",
     "Sender",
     "Split",
     "Taken",
     "TreeLayout",
+    "estimate",
     "plan",
 ]
