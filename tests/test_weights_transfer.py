@@ -91,6 +91,16 @@ def test_large_leaves_go_through_small_rings() -> None:
         )
 
 
+def test_a_push_can_be_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    with jobs("shm", SOURCE, TARGET) as both:
+        pushes = both.push(arrays_of(1), 1)
+        for push in pushes:
+            push.wait(PATIENCE_S, bar=True)
+            written, total = push.progress()
+            assert written >= total > 0
+    assert "version 1" in capsys.readouterr().out
+
+
 def test_what_is_taken_stays_until_the_next_take() -> None:
     with jobs("shm", SOURCE, TARGET) as both:
         push_and_take(both, 1)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import rich.progress
+
 from jaxfabric._errors import FabricError, OutcomeUnknownError, PeerLostError
+
+_REDRAW_S = 0.1
 
 
 class Receipt(NamedTuple):
@@ -81,13 +87,16 @@ class Push:
         """Bytes that are written, and bytes that are to be written."""
         return self._written, self._total
 
-    def wait(self, timeout_s: float | None = None) -> dict[str, Receipt]:
+    def wait(
+        self, timeout_s: float | None = None, *, bar: bool = False
+    ) -> dict[str, Receipt]:
         """Waits until all receivers have the version; their receipts.
 
         A receiver is named by its engine's name and its rank, as in ``"host:4711/0"``.
 
         Args:
           timeout_s: how long to wait; ``None``: until it ends by its own time limit.
+          bar: shows a progress bar meanwhile.
 
         Raises:
           TimeoutError: it has not ended within ``timeout_s``; it goes on.
@@ -97,15 +106,43 @@ class Push:
           FabricError: it was cancelled, refused, or ran out of time; each error names
             the receivers. The others have the version.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._done, timeout_s):
-                raise TimeoutError(
-                    f"push of version {self.version}: not done after {timeout_s} s of "
-                    "waiting; it goes on"
-                )
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._bar() if bar else contextlib.nullcontext(lambda: None) as draw:
+            while not self._wait_a_while(until):
+                draw()
+            draw()
+        if not self._done:
+            raise TimeoutError(
+                f"push of version {self.version}: not done after {timeout_s} s of "
+                "waiting; it goes on"
+            )
         if self._failures:
             raise self._error()
         return dict(self._receipts)
+
+    def _wait_a_while(self, until: float | None) -> bool:
+        """Whether the wait is over: it is done, or the time has passed."""
+        left = math.inf if until is None else until - time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: self._done, max(0.0, min(left, _REDRAW_S)))
+        return self._done or left <= _REDRAW_S
+
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[Callable[[], None]]:
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(binary_units=True),
+            rich.progress.TransferSpeedColumn(),
+        )
+        with rich.progress.Progress(*columns) as progress:
+            task = progress.add_task(f"version {self.version}")
+
+            def draw() -> None:
+                written, total = self.progress()
+                progress.update(task, completed=written, total=total or None)
+
+            yield draw
 
     def outcomes(self) -> dict[str, Receipt | FabricError | None]:
         """Of each receiver; ``None`` while it is open."""
