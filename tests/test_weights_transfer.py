@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from test_weights_plan import leaf, tree
 from transfer_cases import PATIENCE_S, engine, until
 from weights_cases import (
@@ -20,9 +18,9 @@ from weights_cases import (
     assert_tiles,
     jobs,
     mesh,
-    two_layouts,
     whole_arrays,
 )
+from weights_pairs import check_pairs
 
 import jaxfabric as jf
 from jaxfabric.weights import TreeLayout, _deliveries, _slot
@@ -50,26 +48,7 @@ def push_and_take(both: Jobs, version: int) -> None:
     ("transport", "examples"), [("shm", 12), ("fake", 6), ("ofi/tcp", 3)]
 )
 def test_any_sharding_becomes_any_other(transport: str, examples: int) -> None:
-    @given(layouts=two_layouts(), seed=st.integers(0, 99))
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    def holds(layouts: Any, seed: int) -> None:
-        source, target = layouts
-        with jobs(transport, source, target, bucket_bytes=1 << 18) as both:
-            for version in (1, 2):
-                arrays = whole_arrays(source, seed + version)
-                pushes = both.push(arrays, version)
-                for push in pushes:
-                    push.wait(PATIENCE_S)
-                for taken in both.take(version).values():
-                    assert taken.version == version
-                    assert_tiles(target, arrays, taken.params)
-
-    holds()
+    check_pairs(transport, examples)
 
 
 def test_large_leaves_go_through_small_rings() -> None:
