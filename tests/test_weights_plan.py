@@ -172,6 +172,17 @@ def test_dtypes_are_rounded_once() -> None:
     assert_arrived(made, whole, carried_out(made, arrays))
 
 
+def test_wide_leaves_are_quantised_in_buckets() -> None:
+    source = tree(mesh(1), leaf("w", (128, 8192)))
+    target = tree(
+        mesh(1), leaf("w", (128, 8192), dtype="float8_e4m3fn"), leaf("w_s", (1, 64))
+    )
+    arrays = whole_arrays(source)
+    payload, scales = quantise(arrays["w"])
+    made = plan(source, target, scales="{}_s", bucket_bytes=256 << 10)
+    assert_arrived(made, {"w": payload, "w_s": scales}, carried_out(made, arrays))
+
+
 @pytest.mark.parametrize("bucket_bytes", [256 << 10, 8 * MIB])
 def test_blocks_are_quantised(bucket_bytes: int) -> None:
     source = tree(mesh(2, 2), leaf("w", (3, 512, 768), "", "a", "b"))

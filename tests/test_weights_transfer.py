@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from typing import Any
 
 import numpy as np
@@ -152,6 +151,58 @@ def test_a_late_receiver_gets_the_newest_version() -> None:
         push_and_take(both, 3)
 
 
+def test_a_receiver_between_two_ranks_pushes_does_not_stop_them() -> None:
+    with jobs("shm", SOURCE, TARGET) as both:
+        push_and_take(both, 1)
+        first = both.senders[0].push(arrays_of(2), 2)
+        target = tree(mesh(1), leaf("w", (64, 96)), leaf("b", (6,)))
+        with (
+            engine("shm", name="late") as own,
+            TileReceiver(own, None, layout=target) as late,
+        ):
+            late.connect(both.addresses())
+            second = both.senders[1].push(arrays_of(2), 2)
+            for push in (first, second):
+                push.wait(PATIENCE_S / 3)
+            assert_tiles(target, arrays_of(2), late.take(2).params)
+
+
+def test_connecting_again_gives_up_half_a_version() -> None:
+    with jobs("shm", SOURCE, TARGET) as both:
+        push_and_take(both, 1)
+        hesitant = silent(both.receivers[0])
+        pushes = both.push(arrays_of(2), 2)
+        until(lambda: hesitant.stats()["filling"] == 2)
+        del hesitant._on_bucket
+        hesitant.connect(both.addresses())
+        assert hesitant.version in (1, 2)
+        for push in pushes:
+            with contextlib.suppress(jf.FabricError):
+                push.wait(PATIENCE_S)
+        push_and_take(both, 3)
+
+
+def test_a_version_of_another_trainer_is_another_version() -> None:
+    """Both trainers push version 2; the first one's reached one rank only."""
+    with jobs("shm", SOURCE, TARGET) as both:
+        push_and_take(both, 1)
+        for receiver in both.receivers[1:]:
+            silent(receiver)
+        old = {name: values + 5 for name, values in arrays_of(2).items()}
+        both.push(old, 2)
+        until(lambda: both.receivers[0].version == 2)
+        for sender in both.senders:
+            sender.close()
+            sender.engine.close()
+        for receiver in both.receivers[1:]:
+            del receiver._on_bucket  # type: ignore[method-assign]
+        both.senders = [both.open_sender(rank) for rank in SOURCE.ranks]
+        for receiver in both.receivers:
+            receiver.connect(both.addresses())
+        push_and_take(both, 2)
+        assert all(len(one._rings) <= 4 for one in both.receivers)
+
+
 def test_a_trainer_that_comes_back_goes_on() -> None:
     with jobs("shm", SOURCE, TARGET) as both:
         push_and_take(both, 1)
@@ -178,7 +229,53 @@ def test_a_receiver_that_leaves_fails_its_part_only() -> None:
             assert set(push.wait(PATIENCE_S)) == {"sampler0/0", "sampler1/1"}
 
 
+def test_receivers_of_one_name_are_told_apart() -> None:
+    target = tree(mesh(1), leaf("w", (64, 96)), leaf("b", (6,)))
+    with jobs("shm", SOURCE, target) as both:
+        other = both.open_receiver(0)
+        other.connect(both.addresses())
+        (push, _) = both.push(arrays_of(1), 1)
+        assert len(push.wait(PATIENCE_S)) == 2
+
+
+def test_arrays_of_numpy_may_change_after_a_push() -> None:
+    params = {"w": np.ones((64, 96), np.float32)}
+    with (
+        engine("shm") as own,
+        engine("shm") as theirs,
+        jf.weights.Sender(own, TreeLayout.of(params)) as sender,
+        jf.weights.Receiver(theirs, params) as receiver,
+    ):
+        receiver.connect([sender.address()])
+        push = sender.push(params, 1)
+        params["w"][:] = 2
+        push.wait(PATIENCE_S)
+        assert (receiver.take(1).params["w"] == 1).all()
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    with jobs("shm", SOURCE, TARGET) as both:
+        sender = both.senders[0]
+        pushes = [sender.push(arrays_of(version), version) for version in (1, 2)]
+        sender.close()
+        for push in pushes:
+            with pytest.raises(jf.FabricError, match="the Sender was closed"):
+                push.wait(PATIENCE_S)
+        with pytest.raises(jf.FabricError, match="the Sender is closed"):
+            sender.push(arrays_of(3), 3)
+        both.receivers[0].engine.close()
+        with pytest.raises(jf.FabricError, match="closed"):
+            both.receivers[0].take(1)
+
+
 # --- What goes wrong -------------------------------------------------------------
+
+
+def test_a_push_that_nobody_takes_runs_out_of_time() -> None:
+    with jobs("shm", SOURCE, TARGET) as both:
+        push = both.senders[0].push(arrays_of(1), 1, timeout_s=0.3)
+        with pytest.raises(jf.DeadlineError, match="the time limit of the push"):
+            push.wait(PATIENCE_S)  # rank 1 does not push
 
 
 def silent(receiver: TileReceiver) -> Any:
@@ -191,11 +288,10 @@ def test_a_push_that_takes_too_long_names_the_receiver() -> None:
     with jobs("shm", SOURCE, TARGET) as both:
         push_and_take(both, 1)
         silent(both.receivers[2])
-        pushes = [s.push(arrays_of(2), 2, timeout_s=0.5) for s in both.senders]
-        begin = time.monotonic()
-        with pytest.raises(jf.DeadlineError, match="sampler2/2: the time limit"):
+        pushes = [s.push(arrays_of(2), 2, timeout_s=3.0) for s in both.senders]
+        # All was written, and it did not say what became of it.
+        with pytest.raises(jf.OutcomeUnknownError, match="sampler2/2: all was written"):
             pushes[0].wait(PATIENCE_S)
-        assert time.monotonic() - begin < 5
         assert isinstance(pushes[0].outcomes()["sampler0/0"], jf.weights.Receipt)
         assert {rank.version for rank in both.receivers} == {1, 2}
         with pytest.raises(jf.FabricError, match="time limit"):
@@ -242,8 +338,9 @@ def test_bytes_that_change_on_their_way_are_sent_again(
             assert_tiles(target, arrays, both.take(1)[0].params)
             assert both.receivers[0].stats()["spoilt"] == 1
             return
-        with pytest.raises(jf.FabricError, match="wrong checksum"):
+        with pytest.raises(jf.FabricError, match="wrong checksum") as caught:
             push.wait(PATIENCE_S)
+        assert type(caught.value) is jf.FabricError  # its outcome is known
         assert both.receivers[0].version == 0
 
 
@@ -255,11 +352,12 @@ def test_bad_calls_are_refused() -> None:
             sender.push(arrays_of(5), 5)
         with pytest.raises(jf.DeadlineError, match="the newest is 5"):
             both.receivers[0].take(6, timeout_s=0.1)
-        for version in (6, 7, 8):
-            with contextlib.suppress(jf.CapacityError):
-                sender.push(arrays_of(version), version)
-        with pytest.raises(jf.CapacityError, match="pushes wait"):
-            sender.push(arrays_of(9), 9)
+        with pytest.raises(ValueError, match="timeout_s=inf"):
+            sender.push(arrays_of(6), 6, timeout_s=float("inf"))
+        for version in (6, 7):  # rank 1 does not push them
+            sender.push(arrays_of(version), version)
+        with pytest.raises(jf.CapacityError, match="2 pushes are under way"):
+            sender.push(arrays_of(8), 8)
     with engine("shm") as own:
         with pytest.raises(ValueError, match="rank=9 is none of"):
             jf.weights.Sender(own, SOURCE, rank=9)

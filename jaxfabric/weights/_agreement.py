@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights import _frames
 from jaxfabric.weights._versions import Versions
 from jaxfabric.weights._watch import watch
+
+_LOOK_S = 0.05  # between two looks at what another trainer sends
 
 
 class Agreement:
@@ -40,7 +43,7 @@ class Agreement:
         self._answer: tuple[str, int] | None = None  # to it
         self._lost: FabricError | None = None
         self._peers: dict[int, int] = {}  # the leader's: peers by rank
-        self._reports: dict[int, tuple[int, int]] = {}  # the leader's: by rank
+        self._reports: dict[int, tuple[int, tuple[int, int]]] = {}  # the leader's
         self._leader: int | None = None
         first = self._ranks[0]
         if (leader is None) != (rank == first):
@@ -53,8 +56,8 @@ class Agreement:
             watch(engine, self._leader, self._leader_lost)
             engine.submit_send(self._leader, _frames.encode("join", rank=rank))
 
-    def agree(self, min_version: int, timeout_s: float) -> int:
-        """The version that all ranks take now; held, until it is released.
+    def agree(self, min_version: int, timeout_s: float) -> tuple[int, int]:
+        """The version that all ranks take now, and its origin; held until `release`.
 
         Raises:
           DeadlineError: a version, or a rank, has not come in time.
@@ -63,32 +66,41 @@ class Agreement:
         until = time.monotonic() + timeout_s
         while True:
             self._wait_for(min_version, until, timeout_s)
-            version = self._versions.hold()
-            if len(self._ranks) == 1:
-                return version
+            held = version, origin = self._versions.hold()
+            agreed = False
             try:
-                self._report(version)
+                if len(self._ranks) == 1:
+                    agreed = True
+                    return held
+                self._report(version, origin)
                 kind, wanted = self._wait_for_answer(until, timeout_s)
+                agreed = kind == "use"
+                if agreed:
+                    return held
             except FabricError:
-                self._report(0)  # it takes no part any more
-                self._versions.release()
-                self._advance()
+                with contextlib.suppress(FabricError):
+                    self._report(0, 0)  # it takes no part any more
                 raise
-            if kind == "use":
-                return version
-            self._versions.release()
-            self._advance()
+            finally:
+                if not agreed:
+                    self._versions.release()
+                    self._advance()
             min_version = wanted
+            if wanted <= version:  # some have another trainer's: all look again
+                self._wait_for_another(held)
 
     def on_message(self, peer: int, kind: str, fields: dict[str, Any]) -> bool:
         """Takes messages between ranks; ``False`` for others."""
         if kind == "join" and self._leader is None:
-            if fields["rank"] in self._ranks:
-                self._peers[fields["rank"]] = peer
+            if fields["rank"] in self._ranks[1:]:
+                with self._versions.changed:
+                    self._peers[fields["rank"]] = peer
+                    self._reports.pop(fields["rank"], None)
         elif kind == "newest" and self._leader is None:
             for rank, known in self._peers.items():
                 if known == peer:
-                    self._collect(rank, fields["number"], fields["version"])
+                    key = fields["version"], fields["origin"]
+                    self._collect(rank, fields["number"], key)
         elif kind in ("use", "want") and peer == self._leader:
             self._answered(kind, fields["number"], fields["version"])
         else:
@@ -128,34 +140,46 @@ class Agreement:
             missing = f"ranks {late} have not called take(), or have no version yet"
         raise DeadlineError(f"Receiver.take: after {timeout_s} s {missing}")
 
-    def _report(self, version: int) -> None:
+    def _wait_for_another(self, held: tuple[int, int]) -> None:
+        versions = self._versions
+        with versions.changed:
+            versions.changed.wait_for(
+                lambda: (versions.newest, versions.origin) != held, _LOOK_S
+            )
+
+    def _report(self, version: int, origin: int) -> None:
         with self._versions.changed:
             self._number, self._answer = self._number + 1, None
         if self._leader is None:
-            self._collect(self._rank, self._number, version)
+            self._collect(self._rank, self._number, (version, origin))
         else:
-            message = _frames.encode("newest", version=version, number=self._number)
+            message = _frames.encode(
+                "newest", version=version, origin=origin, number=self._number
+            )
             self._engine.submit_send(self._leader, message)
 
-    def _collect(self, rank: int, number: int, version: int) -> None:
+    def _collect(self, rank: int, number: int, key: tuple[int, int]) -> None:
         """Decides, once all have reported. Any thread of the leader."""
         with self._versions.changed:
-            self._reports[rank] = number, version
-            if version == 0:
+            self._reports[rank] = number, key
+            if key[0] == 0:
                 del self._reports[rank]
             if len(self._reports) < len(self._ranks):
                 return
-            newest = max(found for _, found in self._reports.values())
-            behind = [r for r, (_, found) in self._reports.items() if found < newest]
+            keys = {key for _, key in self._reports.values()}
+            newest = max(version for version, _ in keys)
+            behind = [r for r, (_, key) in self._reports.items() if key[0] < newest]
             # The others hold it, and their reports, until those behind have it, too.
+            # Of one number from two trainers nobody knows which is the newer one.
             answers = {r: self._reports.pop(r)[0] for r in behind or self._ranks}
-        kind = "want" if behind else "use"
+        kind = "want" if len(keys) > 1 else "use"
         for each, its_number in answers.items():
             if each == self._rank:
                 self._answered(kind, its_number, newest)
             else:
                 message = _frames.encode(kind, version=newest, number=its_number)
-                self._engine.submit_send(self._peers[each], message)
+                with contextlib.suppress(FabricError):  # it is lost
+                    self._engine.submit_send(self._peers[each], message)
 
     def _answered(self, kind: str, number: int, version: int) -> None:
         with self._versions.changed:

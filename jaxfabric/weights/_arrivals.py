@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 
 from jaxfabric._errors import FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric._transfer_memory import Region
 from jaxfabric.weights import _frames
 from jaxfabric.weights._agreement import Agreement
+from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import unpack
@@ -23,6 +27,7 @@ from jaxfabric.weights._watch import IDS_BEGIN, watch
 from jaxfabric.weights._worker import Worker
 
 _FOREVER_S = 1e9
+_RETIRE_S = 1.0
 
 
 class Arrivals:
@@ -41,9 +46,13 @@ class Arrivals:
         self._versions = Versions(empty_tiles(layout, rank), empty_tiles(layout, rank))
         self._sources: dict[int, Source] = {}
         self._plan: Plan | None = None
+        self._plan_digest = b""
+        self._buckets: dict[int, list[Bucket]] = {}  # by source rank
+        self._rings: list[Region] = []  # also of those that are gone
         self._next_id = 0
         self._verify_s = self._unpack_s = 0.0
         self._spoilt = 0
+        self._watched: set[int] = set()
         self._worker = Worker("jf.weights.Receiver")
         self._agreement = Agreement(
             *(engine, self._versions, layout.ranks, rank, leader),
@@ -66,7 +75,7 @@ class Arrivals:
             if self._agreement.on_message(peer, kind, fields) or source is None:
                 return
             if kind == "welcome":
-                source.rank = fields["rank"]
+                source.rank, source.origin = fields["rank"], fields["origin"]
                 source.parts = _frames.Parts(fields["nbytes"])
             elif kind == "joined":
                 with self._versions.changed:
@@ -77,18 +86,29 @@ class Arrivals:
                 self._grant()
             elif kind == "refuse":
                 self._refused(source, fields)
-        except FabricError as error:
-            self._tell(peer, "refuse", version=0, why=str(error))
-            self._drop(peer, error)
+        except Exception as error:  # hostile bytes may raise anything
+            failure = error
+            if not isinstance(failure, FabricError):
+                failure = FabricError(
+                    f"jf.weights: what peer {peer} sent is malformed: {error}"
+                )
+            self._tell(peer, "refuse", version=0, why=str(failure))
+            self._drop(peer, failure)
 
-    def _hello(self, peer: int) -> None:
+    def _hello(self, source: Source) -> None:
         layout = self.layout.to_bytes()
-        self._sources[peer] = Source(peer)
-        watch(
-            self.engine,
-            peer,
-            lambda error: self._worker.post(lambda: self._drop(peer, error)),
-        )
+        peer = source.peer
+        known = peer in self._watched
+        self._drop(peer, FabricError("it is connected anew"))
+        self._versions.forgive()
+        self._sources[peer] = source
+        if not known:
+            self._watched.add(peer)
+            watch(
+                self.engine,
+                peer,
+                lambda error: self._worker.post(lambda: self._drop(peer, error)),
+            )
         self._tell(
             peer,
             "hello",
@@ -106,22 +126,16 @@ class Arrivals:
         if whole is None:
             return
         source.parts = None
-        made = Plan.from_bytes(whole)
-        if made.target != self.layout:
-            raise FabricError("jf.weights: the sender's plan leads to another layout")
-        check_cover(made.target, made.links)
+        made = self._use_plan(source, whole)
         for other in list(self._sources.values()):
             if other is not source and other.rank == source.rank:
-                self._drop(other.peer, FabricError("it was started again"))
-        if self._plan is not None and made != self._plan:
-            for other in list(self._sources.values()):
-                if other is not source and other.ring is not None:
-                    self._drop(other.peer, FabricError("another plan has come"))
-        self._plan = made
-        source.buckets = made.receives(self.rank).get(source.rank, [])
+                self._replace(other, "it was started again")
+        self._versions.forgive()
+        source.buckets = self._buckets.get(source.rank, [])
         slot_bytes = HEADER_BYTES + made.bucket_bytes
         slots = max(1, min(self._slots, len(source.buckets)))
         source.ring = self.engine.alloc((slots, slot_bytes))
+        self._rings.append(source.ring)
         source.first_id, self._next_id = self._next_id, self._next_id + slots
         if self._next_id > IDS_BEGIN:
             raise FabricError("jf.weights: the engine's ids are used up: open another")
@@ -134,6 +148,26 @@ class Arrivals:
             memory=source.ring.desc.to_bytes().hex(),
         )
 
+    def _use_plan(self, source: Source, data: bytes) -> Plan:
+        """The plan of all sources: it is read once."""
+        digest = hashlib.sha256(data).digest()
+        if self._plan is not None and digest == self._plan_digest:
+            return self._plan
+        made = Plan.from_bytes(data)
+        if made.target != self.layout:
+            raise FabricError("jf.weights: the sender's plan leads to another layout")
+        check_cover(made.target, made.links)
+        buckets = made.receives(self.rank)
+        for other in list(self._sources.values()):
+            if other is not source and other.ring is not None:
+                self._replace(other, "another plan has come")
+        self._plan, self._plan_digest, self._buckets = made, digest, buckets
+        return made
+
+    def _replace(self, source: Source, why: str) -> None:
+        self._tell(source.peer, "refuse", version=0, why=why)
+        self._drop(source.peer, FabricError(why))
+
     # --- What comes ---
 
     def _expect(self, source: Source, slot: int) -> None:
@@ -141,9 +175,17 @@ class Arrivals:
             if done.exception(0) is None:
                 self._worker.post(lambda: self._on_bucket(source, slot))
 
-        self.engine.expect_imm_count(
+        source.waits[slot] = self.engine.expect_imm_count(
             source.first_id + slot, 1, came, peers=[source.peer], timeout_s=_FOREVER_S
         )
+
+    def _senders(self) -> list[Source]:
+        """All ranks of the trainer; empty unless each of them is there."""
+        ready = [one for one in self._sources.values() if one.ring is not None]
+        if self._plan is None:
+            return []
+        whole = {one.rank for one in ready} == set(self._plan.source.ranks)
+        return ready if whole else []
 
     def _on_bucket(self, source: Source, slot: int) -> None:
         if self._sources.get(source.peer) is not source:
@@ -181,24 +223,25 @@ class Arrivals:
     def _grant(self) -> None:
         """Lets all sources send, once they offer the same version."""
         versions = self._versions
-        sources = [s for s in self._sources.values() if s.ring is not None]
-        if self._plan is None or len(sources) < len(self._plan.source.ranks):
+        sources = self._senders()
+        version = max((source.offered for source in sources), default=0)
+        if version == 0 or versions.filling:
             return
-        offered = {source.offered for source in sources}
-        version = max(offered)
-        if len(offered) > 1 or version == 0 or versions.filling:
-            return
-        if version <= versions.newest:
+        if any(source.offered != version for source in sources):
+            return  # the others will offer it, too
+        origin = _joint_origin(sources)
+        known = version == versions.newest and origin == versions.origin
+        if version < versions.newest or known:
             for source in sources:
                 source.offered = 0
-                if version == versions.newest:
+                if known:
                     self._tell_have(source, version)
                 else:
                     why = f"version {versions.newest} is here, which is newer"
                     self._tell(source.peer, "refuse", version=version, why=why)
             return
         self._verify_s = self._unpack_s = 0.0
-        versions.begin(version)
+        versions.begin(version, origin)
         for source in sources:
             source.taken.clear()
             self._tell(source.peer, "go", version=version)
@@ -207,10 +250,10 @@ class Arrivals:
     def _advance(self) -> None:
         """Makes what is filled the newest, unless that is held just now."""
         versions = self._versions
-        sources = [s for s in self._sources.values() if s.ring is not None]
-        if not versions.filling or not all(
-            s.complete and s.offered == versions.filling for s in sources
-        ):
+        sources = self._senders()
+        if not sources or not versions.filling:
+            return
+        if not all(s.complete and s.offered == versions.filling for s in sources):
             return
         version = versions.filling
         if not versions.swap():
@@ -242,12 +285,25 @@ class Arrivals:
         if source is None:
             return
         if isinstance(error, PeerLostError):
+            self._watched.discard(peer)
             error = PeerLostError(
                 f"the sender, rank {source.rank}, is lost: {error}; connect to its "
                 "successor",
                 (source.rank,),
             )
+        with self._versions.changed:
+            source.failure = error
         self._abandon(error, stays=True)
+        self._retire(source)
+
+    def _retire(self, source: Source) -> None:
+        """Gives back a ring; what may still be written into it stays registered."""
+        for wait in source.waits.values():
+            wait.cancel()
+        if source.ring is not None:
+            with contextlib.suppress(FabricError):
+                self.engine.unregister_memory(source.ring, _RETIRE_S)
+                self._rings.remove(source.ring)
 
     def _abandon(self, error: FabricError, *, stays: bool = False) -> None:
         """Gives up the version that is being filled."""
@@ -265,6 +321,13 @@ class Arrivals:
             self.engine.submit_send(peer, _frames.encode(kind, **fields))
         except FabricError:
             return  # it is lost, which is noticed elsewhere
+
+
+def _joint_origin(sources: list[Source]) -> int:
+    """Tells one trainer from another: all ranks of a sampler find the same."""
+    origins = sorted((source.rank, source.origin) for source in sources)
+    digest = hashlib.sha256(repr(origins).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 def _claimed(slot: Any) -> tuple[int, int]:

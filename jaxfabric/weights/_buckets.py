@@ -62,7 +62,7 @@ def in_parts(move: Move, bucket_bytes: int, quantised: bool) -> Iterator[Move]:
     for axis in range(len(steps)):
         if _room(tuple(steps), itemsize, quantised) <= bucket_bytes:
             break
-        inner = math.prod(steps[axis + 1 :]) * itemsize
+        inner = math.prod(steps[:axis] + steps[axis + 1 :]) * itemsize
         unit = BLOCK if quantised and axis >= len(steps) - 2 else 1
         # Half of a bucket, since scales and alignment take room, too.
         fits = max(1, bucket_bytes // 2 // (inner * unit))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,7 @@ class Deliveries:
         self._latest: Job | None = None
         self._current: Job | None = None
         self._queue: collections.deque[Job] = collections.deque()
+        self._origin = secrets.randbits(63)
         self._worker = Worker("jf.weights.Sender")
         engine.submit_recvs(self._from_peer)
 
@@ -76,9 +78,16 @@ class Deliveries:
                 self._hello(peer, fields)
             elif target is not None and kind in _HANDLERS:
                 _HANDLERS[kind](self, target, fields)
-        except FabricError as error:
-            self._tell(peer, "refuse", version=0, why=str(error))
-            self._drop(peer, error)
+        except Exception as error:  # hostile bytes may raise anything
+            failure = (
+                error
+                if isinstance(error, FabricError)
+                else FabricError(
+                    f"jf.weights: what peer {peer} sent is malformed: {error}"
+                )
+            )
+            self._tell(peer, "refuse", version=0, why=str(failure))
+            self._drop(peer, failure)
 
     def _hello(self, peer: int, fields: dict[str, Any]) -> None:
         if fields["version"] != _frames.VERSION:
@@ -92,6 +101,8 @@ class Deliveries:
             watch(self.engine, peer, lambda error: self._lost(peer, error))
         parts = _frames.Parts(fields["nbytes"])
         name = f"{fields['name'][:_NAME_CHARS_MAX]}/{fields['rank']}"
+        if any(target.name == name for target in self._targets.values()):
+            name += f"#{peer}"
         self._targets[peer] = Target(peer, fields["rank"], name, parts)
         self._turns.append(peer)
 
@@ -111,6 +122,7 @@ class Deliveries:
             *(target.peer, "welcome"),
             version=_frames.VERSION,
             rank=self.rank,
+            origin=self._origin,
             nbytes=len(data),
         )
         for part in _frames.in_parts(data):
@@ -134,6 +146,7 @@ class Deliveries:
             self._current = Job(
                 *(self._latest.version, self._latest.tile_of, catch_up),
                 *(now + limit_s, now),
+                catch_up=True,
             )
             self._worker.after(limit_s, functools.partial(self._expire, self._current))
         self._offer(target, self._current)
@@ -185,8 +198,20 @@ class Deliveries:
 
     # --- Versions ---
 
+    def _add_job(self, job: Job) -> None:
+        self._latest = job
+        self._queue.append(job)
+        self._next_job()
+
     def _next_job(self) -> None:
-        if self._current is not None or not self._queue:
+        current = self._current
+        if current is not None and current.catch_up and self._queue:
+            # Other ranks may offer the next version already, and never this one.
+            for target in list(self._targets.values()):
+                if target.job is current and not target.went:
+                    self._end(target, FabricError("a newer version is pushed"))
+            return
+        if current is not None or not self._queue:
             return
         job = self._current = self._queue.popleft()
         for target in list(self._targets.values()):
@@ -230,15 +255,16 @@ class Deliveries:
         begin = time.monotonic()
         try:
             pack(made, bucket, job.tile_of, memory[HEADER_BYTES:])
-        except RuntimeError as error:  # JAX's: the array was deleted
+        except Exception as error:
             self._free.append(staged)
-            self._give_up(
-                target,
-                FabricError(
+            target.again.append(number)  # it was not sent
+            why = f"version {job.version} cannot be packed: {error!r}"
+            if isinstance(error, RuntimeError):  # JAX's: the array was deleted
+                why = (
                     f"the parameters of version {job.version} are gone ({error}); do "
-                    "not donate them before the push is done"
-                ),
-            )
+                    "not donate them before the next push"
+                )
+            self._give_up(target, FabricError(why))
             return
         packed = time.monotonic()
         seal(memory, job.version, number, bucket.nbytes)
@@ -303,7 +329,7 @@ class Deliveries:
         if job is None:
             return
         self._tell(target.peer, "refuse", version=job.version, why=str(error))
-        if target.all_taken():
+        if target.may_have_all():
             error = OutcomeUnknownError(
                 f"all was written, and it did not say that it has it: {error}"
             )
@@ -320,7 +346,7 @@ class Deliveries:
         if target is None:
             return
         self._turns.remove(peer)
-        if target.all_taken():
+        if target.may_have_all():
             error = OutcomeUnknownError(
                 f"all was written, and it did not say that it has it: {error}"
             )
@@ -352,7 +378,7 @@ class Deliveries:
 
     def _leave(self) -> None:
         while self._queue:
-            self._stop(self._queue[0], FabricError("the Sender was closed"))
+            self._stop(self._queue[-1], FabricError("the Sender was closed"))
         for peer in list(self._targets):
             why = "the Sender was closed"
             self._tell(peer, "refuse", version=0, why=why)

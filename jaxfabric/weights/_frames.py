@@ -39,12 +39,17 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # either way: a version, or all of them (version 0), will not come about
     "refuse": {"version": _is_u64, "why": _is_text},
     # source to target; a plan follows in parts
-    "welcome": {"version": _is_u64, "rank": _is_u64, "nbytes": _is_u64},
+    "welcome": {
+        "version": _is_u64,
+        "rank": _is_u64,
+        "origin": _is_u64,  # tells this Sender from one of the same rank before it
+        "nbytes": _is_u64,
+    },
     "joined": {},
     "begin": {"version": _is_u64},
     # between the ranks of a target
     "join": {"rank": _is_u64},
-    "newest": {"version": _is_u64, "number": _is_u64},
+    "newest": {"version": _is_u64, "origin": _is_u64, "number": _is_u64},
     "want": {"version": _is_u64, "number": _is_u64},
     "use": {"version": _is_u64, "number": _is_u64},
 }

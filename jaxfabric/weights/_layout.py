@@ -127,9 +127,14 @@ class TreeLayout:
         """
         meshes: dict[MeshLayout, int] = {}
         leaves = []
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            mesh, spec = _placement(name, leaf, ranks)
+        listed = [
+            (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        ]
+        placed = {name: _placement(name, leaf, ranks) for name, leaf in listed}
+        everywhere = _on_all_ranks([place for place in placed.values() if place])
+        for name, leaf in listed:
+            mesh, spec = placed[name] or (everywhere, ())
             number = meshes.setdefault(mesh, len(meshes))
             shape = tuple(int(size) for size in leaf.shape)
             padded = spec + ((),) * (len(shape) - len(spec))
@@ -157,18 +162,33 @@ class TreeLayout:
                 tuple(_read_mesh(mesh) for mesh in meshes),
                 tuple(_read_leaf(leaf) for leaf in leaves),
             )
-        except (ValueError, TypeError, zlib.error, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, OverflowError),
+            *(zlib.error, RecursionError),
+        ) as error:
             raise FabricError(
                 f"TreeLayout: these bytes describe no tree of parameters: {error}"
             ) from None
 
 
+_Placement = tuple[MeshLayout, tuple[tuple[str, ...], ...]]
+
+
+def _on_all_ranks(placements: Sequence[_Placement]) -> MeshLayout:
+    """A mesh of all ranks that hold something: for leaves that each has whole."""
+    ranks = sorted({rank for mesh, _ in placements for rank in mesh.ranks})
+    if len(ranks) < 2:
+        return MeshLayout((), tuple(ranks) or (0,))
+    return MeshLayout((("ranks", len(ranks)),), tuple(ranks))
+
+
 def _placement(
     name: str, leaf: Any, ranks: Callable[[jax.Device], int] | Sequence[int] | None
-) -> tuple[MeshLayout, tuple[tuple[str, ...], ...]]:
+) -> _Placement | None:
+    """Mesh and spec of a leaf; ``None`` for one without sharding."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
-        return MeshLayout((), (0,)), ()
+        return None
     rank_of = ranks if callable(ranks) else lambda device: device.process_index
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         (device,) = sharding.device_set
@@ -199,7 +219,8 @@ def _placement(
 def _check_mesh(mesh: MeshLayout) -> None:
     names = [name for name, _ in mesh.axes]
     size = math.prod(size for _, size in mesh.axes)
-    if len(set(names)) < len(names) or not 0 < size <= _RANKS_MAX:
+    few = len(names) <= _DIMENSIONS_MAX
+    if not few or len(set(names)) < len(names) or not 0 < size <= _RANKS_MAX:
         raise ValueError(f"TreeLayout: axes {mesh.axes} make no mesh")
     if len(mesh.ranks) != size:
         raise ValueError(
@@ -220,7 +241,7 @@ def _check_leaf(leaf: LeafLayout, meshes: Sequence[MeshLayout]) -> None:
         raise ValueError(f"{what} has {math.prod(leaf.shape)} elements")
     try:
         known = not np.dtype(leaf.dtype).hasobject
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         known = False
     if not known or np.dtype(leaf.dtype).name != leaf.dtype:
         raise ValueError(f"{what} has dtype {leaf.dtype!r}, which is none of numbers")

@@ -10,7 +10,7 @@ import zlib
 from typing import Any
 
 from jaxfabric._errors import FabricError, PlanMismatchError
-from jaxfabric.weights._buckets import BLOCK, Bucket, Move, in_buckets
+from jaxfabric.weights._buckets import BLOCK, Bucket, Move, in_buckets, scale_shape
 from jaxfabric.weights._copies import (
     Copies,
     copies_of,
@@ -57,6 +57,10 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """All of it; `from_bytes` reads it."""
+        return self._bytes
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
         text = json.dumps(
             [
                 [dataclasses.astuple(link) for link in self.links],
@@ -85,7 +89,10 @@ class Plan:
                 int(bucket_bytes),
             )
             read.check()
-        except (ValueError, TypeError, zlib.error, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, IndexError, OverflowError),
+            *(zlib.error, RecursionError),
+        ) as error:
             raise FabricError(f"jf.weights: these bytes are no plan: {error}") from None
         return read
 
@@ -121,6 +128,8 @@ class Plan:
                 (self.source, link.source, link.source_start),
                 (self.target, link.target, link.target_start),
             ):
+                if number < 0:
+                    raise ValueError("a link has no leaf")
                 leaf = layout.leaves[number]
                 wanted = view(leaf.shape, len(link.extent))
                 if len(start) != len(wanted) or not all(
@@ -138,6 +147,16 @@ class Plan:
         source = self.source.leaves[link.source]
         target = self.target.leaves[link.target]
         scales = self.target.leaves[link.scales]
+        if min(len(source.shape), len(target.shape)) < 2 or "float" not in source.dtype:
+            raise PlanMismatchError(
+                f"jf.weights.plan: {source.name}, {source.dtype}{source.shape}, cannot "
+                f"be quantised into {target.name}: blocks have two dimensions of floats"
+            )
+        if scales.shape != scale_shape(target.shape) or scales.dtype != "float32":
+            raise PlanMismatchError(
+                f"jf.weights.plan: {scales.name} has shape {scales.shape}, which are "
+                f"no scales of {target.name}"
+            )
         for layout, leaf, start in (
             (self.source, source, link.source_start),
             (self.target, target, link.target_start),
@@ -287,6 +306,6 @@ def _read_link(value: Any) -> Link:
 
 
 def _number(value: Any) -> int:
-    if type(value) is not int:
+    if type(value) is not int or not -1 <= value < 1 << 40:
         raise ValueError("a link has what is no number")
     return value

@@ -12,6 +12,7 @@ from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._arrivals import Arrivals
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._shards import target_tree
+from jaxfabric.weights._source import Source
 from jaxfabric.weights._tiles import TilesByKey
 
 
@@ -77,6 +78,7 @@ class Receiver(Arrivals):
             raise ValueError(f"Receiver: rank={rank} is none of {described.ranks[:16]}")
         self._like = like
         self._current: Taken | None = None
+        self._taken = (0, 0)
         self._closed = False
         super().__init__(engine, described, rank, leader, slots)
 
@@ -101,20 +103,21 @@ class Receiver(Arrivals):
 
         Raises:
           PeerLostError, DeadlineError: an address is stale, or does not answer.
-          PlanMismatchError: no plan leads from the trainer's layout to this one.
+          FabricError: a sender refuses, for instance since no plan leads from its
+            layout to this one; it says why.
         """
         limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
         until = time.monotonic() + limit_s
         peers = [self.engine.connect(address, limit_s) for address in addresses]
         numbers = [future.result() for future in peers]
-        self._versions.begin(self._versions.filling)
-        for peer in numbers:
-            self._worker.post(functools.partial(self._hello, peer))
+        self._versions.forgive()
+        asked = [Source(peer) for peer in dict.fromkeys(numbers)]
+        for source in asked:
+            self._worker.post(functools.partial(self._hello, source))
 
         def answered() -> bool:
-            found = [self._sources.get(peer) for peer in numbers]
-            return self._versions.failure is not None or all(
-                source is not None and source.joined for source in found
+            return any(source.failure for source in asked) or all(
+                source.joined for source in asked
             )
 
         with self._versions.changed:
@@ -125,8 +128,9 @@ class Receiver(Arrivals):
                     f"Receiver.connect: not all of {len(numbers)} senders have "
                     f"answered after {limit_s} s"
                 )
-            if self._versions.failure is not None:
-                raise self._versions.failure
+        for source in asked:
+            if source.failure is not None:
+                raise source.failure
 
     def take(self, min_version: int = 0, timeout_s: float | None = None) -> Taken:
         """The newest version that all ranks of the sampler have.
@@ -147,10 +151,13 @@ class Receiver(Arrivals):
           FabricError: the sender has given the version up, and says why.
         """
         limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
-        version = self._agreement.agree(max(1, min_version), limit_s)
+        if self.engine.closed:
+            raise FabricError("Receiver.take: its TransferEngine is closed")
+        key = self._agreement.agree(max(1, min_version), limit_s)
         try:
-            if self._current is None or self._current.version != version:
-                self._current = Taken(version, self._tree(self._versions.front))
+            if self._current is None or self._taken != key:
+                self._current = Taken(key[0], self._tree(self._versions.front))
+                self._taken = key
         finally:
             self._versions.release()
         self._worker.post(self._advance)
@@ -161,7 +168,7 @@ class Receiver(Arrivals):
 
     def stats(self) -> dict[str, float]:
         """Versions, number of sources, bytes of memory, and what became of buckets."""
-        rings = [s.ring.array.nbytes for s in self._sources.values() if s.ring]
+        rings = [region.array.nbytes for region in list(self._rings)]
         return {
             "version": self._versions.newest,
             "filling": self._versions.filling,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import threading
 import time
 from typing import Any
 
@@ -17,7 +19,7 @@ from jaxfabric.weights._push import Push
 from jaxfabric.weights._shards import HostTiles, source_tiles
 from jaxfabric.weights._target import Job
 
-_WAITING_MAX = 1
+_UNDER_WAY_MAX = 2
 
 
 class Sender(Deliveries):
@@ -65,6 +67,8 @@ class Sender(Deliveries):
         staging: int = 4,
         host_bytes: int = 256 << 20,
     ) -> None:
+        if plan is not None and plan.source != layout:
+            raise ValueError("Sender: plan= leads from another layout than layout=")
         if rank not in layout.ranks:
             raise ValueError(f"Sender: rank={rank} is none of {layout.ranks[:16]}")
         self.layout = layout
@@ -79,7 +83,10 @@ class Sender(Deliveries):
         )
         self._plans: dict[TreeLayout, Plan] = {}
         self._host_bytes = host_bytes
+        self._lock = threading.Lock()  # of the three that follow
         self._closed = False
+        self._pushed = 0
+        self._handles: list[Push] = []
         super().__init__(
             *(engine, rank, self._plan_of),
             plan.bucket_bytes if plan else bucket_bytes,
@@ -106,9 +113,9 @@ class Sender(Deliveries):
     ) -> Push:
         """Begins to write a version to all receivers; returns at once.
 
-        The arrays must live until it is done, and as long as it is the newest
+        JAX's arrays must live until it is done, and as long as it is the newest
         version: receivers that come later get it. So do not donate them to a program
-        before the next push; on CPU JAX copies instead.
+        before the next push. NumPy arrays are copied.
 
         Args:
           params: tree of arrays, of the layout.
@@ -118,28 +125,34 @@ class Sender(Deliveries):
         Raises:
           CapacityError: two pushes are under way already; wait for one.
           FabricError: the tree is not that of the layout, or the version is not new.
+          ValueError: ``timeout_s`` is not finite and above 0.
 
         Example::
 
           sender.push(params, version=step).wait()
         """
-        newest = self._latest.version if self._latest else 0
-        if self._closed or not newest < version < 1 << 63:
-            why = "the Sender is closed" if self._closed else f"{newest} was pushed"
-            raise FabricError(f"push of version {version}: {why}")
-        if len(self._queue) > _WAITING_MAX:
-            raise CapacityError(
-                f"push of version {version}: {len(self._queue)} pushes wait; wait() "
-                "for one of them"
-            )
-        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
-        handle = Push(version, self._cancel)
-        now = time.monotonic()
+        limit_s = self.engine.timeout_s if timeout_s is None else float(timeout_s)
+        if not 0 < limit_s < math.inf:
+            raise ValueError(f"push: timeout_s={timeout_s} must be finite and above 0")
         tile_of = HostTiles(self._tiles(params), self._host_bytes)
-        job = Job(version, tile_of, handle, now + limit_s, now)
-        self._latest = job
-        self._queue.append(job)
-        self._worker.post(self._next_job)
+        with self._lock:
+            if self._closed or not self._pushed < version < 1 << 63:
+                why = "the Sender is closed"
+                if not self._closed:
+                    why = f"{self._pushed} was pushed; versions rise"
+                raise FabricError(f"push of version {version}: {why}")
+            self._handles = [one for one in self._handles if not one.done()]
+            if len(self._handles) >= _UNDER_WAY_MAX:
+                raise CapacityError(
+                    f"push of version {version}: {len(self._handles)} pushes are under "
+                    "way; wait() for one of them"
+                )
+            self._pushed = version
+            handle = Push(version, self._cancel)
+            self._handles.append(handle)
+            now = time.monotonic()
+            job = Job(version, tile_of, handle, now + limit_s, now)
+            self._worker.post(lambda: self._add_job(job))
         return handle
 
     def _tiles(self, params: Any) -> dict[tuple[int, int], Any]:
@@ -147,11 +160,12 @@ class Sender(Deliveries):
 
     def close(self) -> None:
         """Ends what is under way, and takes leave; may be called again."""
-        if self._closed:
-            return
-        self._worker.post(self._leave)
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._worker.post(self._leave)
         self._worker.close()
-        self._closed = True
         if not self.engine.closed:
             self.engine.submit_recvs(None)
             self.engine.drain()

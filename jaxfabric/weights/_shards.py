@@ -111,7 +111,7 @@ def _on_host(part: jax.Array) -> bool:
 def _parts(value: Any) -> list[tuple[tuple[int, ...], Any]]:
     """Where each part that is here begins, and the part."""
     if not isinstance(value, jax.Array):
-        return [((0,) * value.ndim, value)]
+        return [((0,) * value.ndim, value.copy())]  # the caller may change it
     return [(_starts(shard.index), shard.data) for shard in value.addressable_shards]
 
 

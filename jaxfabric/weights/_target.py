@@ -12,9 +12,12 @@ from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
-    """A version that is being pushed, and the arrays that it consists of."""
+    """A version that is being pushed, and the arrays that it consists of.
+
+    ``catch_up``: no push of the caller's, but for who came late.
+    """
 
     version: int
     tile_of: Any  # of the number of a leaf and of a tile: its array on the host
@@ -22,6 +25,7 @@ class Job:
     until: float
     waits_since: float
     first_post: float = 0.0
+    catch_up: bool = False
 
 
 @dataclasses.dataclass
@@ -75,9 +79,12 @@ class Target:
             return self.again[0]
         return self.next if self.next < len(self.buckets) else None
 
-    def all_taken(self) -> bool:
-        """Whether it has taken all of the version that this rank has for it."""
-        return self.went and self.next == len(self.buckets) and not self.under_way
+    def may_have_all(self) -> bool:
+        """Whether all that this rank has of the version was sent, and nothing spoilt.
+
+        It may then have the version, whatever was heard of it.
+        """
+        return self.went and self.next == len(self.buckets) and not self.again
 
     def begin(self, job: Job) -> None:
         """Starts anew, with another version."""

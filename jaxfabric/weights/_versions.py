@@ -13,6 +13,7 @@ class Versions:
 
     Attributes:
       newest: the version that is whole; 0 for none.
+      origin: which trainer it came from: another one's may have the same number.
       filling: the version that is being filled; 0 for none.
       front: tiles of `newest`.
       back: tiles of `filling`.
@@ -23,6 +24,7 @@ class Versions:
     def __init__(self, front: TilesByKey, back: TilesByKey) -> None:
         self.front, self.back = front, back
         self.newest = self.filling = 0
+        self.origin = self._filling_origin = 0
         self.changed = threading.Condition()
         self.failure: FabricError | None = None
         self._stays = False
@@ -40,6 +42,7 @@ class Versions:
                 return False
             self.front, self.back = self.back, self.front
             self.newest, self.filling, self.failure = self.filling, 0, None
+            self.origin = self._filling_origin
             self.changed.notify_all()
             return True
 
@@ -51,14 +54,21 @@ class Versions:
           stays: whether nothing else can come, until `begin`.
         """
         with self.changed:
-            self.filling, self.failure = 0, error
-            self._stays = stays
+            self.filling = 0
+            if not self._stays:
+                self.failure, self._stays = error, stays
             self.changed.notify_all()
 
-    def begin(self, version: int = 0) -> None:
-        """Forgets a failure, since there is a sender; begins to fill a version."""
+    def begin(self, version: int, origin: int) -> None:
+        """Begins to fill a version."""
         with self.changed:
-            self.filling, self.failure, self._stays = version, None, False
+            self.filling, self._filling_origin = version, origin
+            self.failure, self._stays = None, False
+
+    def forgive(self) -> None:
+        """Forgets a failure, since there are other senders now."""
+        with self.changed:
+            self.failure, self._stays = None, False
 
     def take_failure(self) -> FabricError:
         """The failure, which is told once, unless it stays. Needs ``changed``."""
@@ -68,11 +78,11 @@ class Versions:
             self.failure = None
         return failure
 
-    def hold(self) -> int:
-        """The newest version, which stays it until `release`."""
+    def hold(self) -> tuple[int, int]:
+        """The newest version and its origin, which stay it until `release`."""
         with self.changed:
             self._held += 1
-            return self.newest
+            return self.newest, self.origin
 
     def release(self) -> None:
         """Ends a `hold`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 
 _JOIN_S = 10.0
+_LOOK_S = 3600.0  # a queue takes no endless time limits
 
 
 class Worker:
@@ -45,10 +47,14 @@ class Worker:
 
     def _run(self) -> None:
         while True:
+            left_s = self._until_due()
             try:
-                work = self._queue.get(timeout=self._until_due())
+                # What is due must not wait for a queue that is never empty.
+                work = (
+                    self._next_due() if left_s <= 0 else self._queue.get(timeout=left_s)
+                )
             except queue.Empty:
-                work = self._next_due()
+                continue
             if work is None:
                 return
             try:
@@ -56,10 +62,9 @@ class Worker:
             except Exception:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
 
-    def _until_due(self) -> float | None:
-        if not self._due:
-            return None
-        return max(0.0, min(due for due, _ in self._due) - time.monotonic())
+    def _until_due(self) -> float:
+        due = min((due for due, _ in self._due), default=math.inf)
+        return min(_LOOK_S, due - time.monotonic())
 
     def _next_due(self) -> Callable[[], object]:
         first = min(range(len(self._due)), key=lambda i: self._due[i][0])
