@@ -82,8 +82,7 @@ class Arrivals:
                     source.joined = True
                     self._versions.changed.notify_all()
             elif kind == "begin":
-                source.offered = fields["version"]
-                self._grant()
+                self._offered(source, fields["version"])
             elif kind == "refuse":
                 self._refused(source, fields)
         except Exception as error:  # hostile bytes may raise anything
@@ -220,6 +219,15 @@ class Arrivals:
         self._tell(source.peer, kind, slot=slot)
         self._advance()
 
+    def _offered(self, source: Source, version: int) -> None:
+        filling = self._versions.filling
+        if filling and source.offered == filling != version:
+            # It has gone on, and what the others send of that is in vain.
+            self._versions.filling = 0
+            self._refuse(filling, f"rank {source.rank} goes on to version {version}")
+        source.offered = version
+        self._grant()
+
     def _grant(self) -> None:
         """Lets all sources send, once they offer the same version."""
         versions = self._versions
@@ -309,12 +317,15 @@ class Arrivals:
         """Gives up the version that is being filled."""
         version = self._versions.filling
         self._versions.fail(error, stays=stays)
-        if not version:
-            return
+        if version:
+            self._refuse(version, str(error))
+
+    def _refuse(self, version: int, why: str) -> None:
+        """Tells all who offer a version that it will not come about."""
         for source in self._sources.values():
             if source.offered == version:
                 source.offered = 0
-                self._tell(source.peer, "refuse", version=version, why=str(error))
+                self._tell(source.peer, "refuse", version=version, why=why)
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
         try:
