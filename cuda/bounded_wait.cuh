@@ -18,7 +18,8 @@ __device__ inline void Fail(const Peers& peers, ErrorCode code,
   if (atomicCAS(&peers.state->failed, 0u, value) != 0u) return;
   ErrorWord* const word = peers.error;
   word->operation = static_cast<uint32_t>(operation);
-  word->peer = static_cast<uint32_t>(peer);
+  const bool known = peer >= 0 && peer < peers.ranks;
+  word->peer = static_cast<uint32_t>(known ? peers.mesh_rank[peer] : peer);
   word->detail = detail;
   word->epoch = epoch;
   word->elapsed_ns = elapsed_ns;
@@ -85,8 +86,13 @@ __device__ inline bool WaitForFlag(const Peers& peers, Operation operation,
   return true;
 }
 
-__device__ inline uint64_t* FlagLine(char* heap, size_t flags, int rank) {
-  return reinterpret_cast<uint64_t*>(heap + flags + rank * kLineBytes);
+// The line that `writer` has in the heap of `owner`. By their ranks in the
+// mesh: the order of a call's axes may differ from that of the call before.
+__device__ inline uint64_t* FlagLine(const Peers& peers, size_t flags,
+                                     int owner, int writer) {
+  return reinterpret_cast<uint64_t*>(peers.heap[owner] + peers.flags_begin +
+                                     flags +
+                                     peers.mesh_rank[writer] * kLineBytes);
 }
 
 // By one thread of a kernel: checks the program's mesh and passes its token on.
@@ -132,9 +138,10 @@ __device__ inline void AdvanceEpoch(const Peers& peers, uint64_t epoch) {
   }
 }
 
-__device__ inline uint64_t* ReleaseFlag(char* heap, int rank, uint64_t epoch) {
-  return FlagLine(heap, kReleaseFlags,
-                  static_cast<int>(epoch & 1) * kRanksMax + rank);
+__device__ inline uint64_t* ReleaseFlag(const Peers& peers, int owner,
+                                        int writer, uint64_t epoch) {
+  const size_t half = (epoch & 1) * kRanksMax * kLineBytes;
+  return FlagLine(peers, kReleaseFlags + half, owner, writer);
 }
 
 // Before the first half sends: all peers have read what lay there before. By
@@ -145,8 +152,8 @@ __device__ inline bool AwaitReleases(const Peers& peers, Operation operation,
   bool good = true;
   if (epoch > 2 && peer < peers.ranks && peer != peers.rank) {
     good = WaitForFlag(peers, operation, peer,
-                       ReleaseFlag(peers.heap[peers.rank], peer, epoch),
-                       epoch - 2, /*acquire=*/true);
+                       ReleaseFlag(peers, peers.rank, peer, epoch), epoch - 2,
+                       /*acquire=*/true);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -159,7 +166,7 @@ __device__ inline void Release(const Peers& peers, uint64_t epoch) {
   peers.counter->readers = 0;
   for (int peer = 0; peer < peers.ranks; ++peer) {
     if (peer == peers.rank) continue;
-    StoreReleaseSystem(ReleaseFlag(peers.heap[peer], peers.rank, epoch), epoch);
+    StoreReleaseSystem(ReleaseFlag(peers, peer, peers.rank, epoch), epoch);
   }
 }
 

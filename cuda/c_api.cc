@@ -29,10 +29,11 @@ int Return(const Status& status) {
 
 const char* jaxfabric_cuda_error() { return last_error.c_str(); }
 
-int jaxfabric_cuda_create(int ranks, uint64_t window_bytes,
-                          uint64_t mailbox_bytes,
+int jaxfabric_cuda_create(const int64_t* mesh_shape, int mesh_axes,
+                          uint64_t window_bytes, uint64_t mailbox_bytes,
                           jaxfabric_cuda_group** group) {
-  auto created = Group::Create(ranks, window_bytes, mailbox_bytes);
+  auto created = Group::Create({mesh_shape, mesh_shape + mesh_axes},
+                               window_bytes, mailbox_bytes);
   if (!created.ok()) return Return(created.status());
   *group = new jaxfabric_cuda_group{*std::move(created)};
   return 0;
@@ -75,9 +76,8 @@ int jaxfabric_cuda_failure(jaxfabric_cuda_group* group) {
 }
 
 int jaxfabric_cuda_publish(jaxfabric_cuda_group* group, int64_t key,
-                           double timeout_s, int mesh_axes) {
-  return Return(
-      GroupRegistry::Get().Add(key, {group->group, timeout_s, mesh_axes}));
+                           double timeout_s) {
+  return Return(GroupRegistry::Get().Add(key, {group->group, timeout_s}));
 }
 
 int jaxfabric_cuda_close(jaxfabric_cuda_group* group) {

@@ -15,7 +15,8 @@ struct jaxfabric_cuda_group;
 JAXFABRIC_CUDA_EXPORT const char* jaxfabric_cuda_error();
 
 // The steps of Group, in group.h.
-JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_create(int ranks,
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_create(const int64_t* mesh_shape,
+                                                int mesh_axes,
                                                 uint64_t window_bytes,
                                                 uint64_t mailbox_bytes,
                                                 jaxfabric_cuda_group** group);
@@ -36,8 +37,7 @@ JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_failure(jaxfabric_cuda_group* group);
 
 // From here on programs find the group by its Fabric's key.
 JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_publish(jaxfabric_cuda_group* group,
-                                                 int64_t key, double timeout_s,
-                                                 int mesh_axes);
+                                                 int64_t key, double timeout_s);
 // Waits for the kernels under way and frees the group; its key is unknown then.
 // A failure that no call and no jaxfabric_cuda_failure has told is returned.
 JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_close(jaxfabric_cuda_group* group);

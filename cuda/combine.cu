@@ -84,22 +84,24 @@ __device__ Segment<kPackets> Partial(const Work& w, uint32_t unique,
   RowSum<kType, kPackets> sum;
   for (uint32_t left = slots.kept; left != 0;) {
     Segment<kPackets> words[kBatch];
-    float factors[kBatch];
+    int froms[kBatch];
     int taken = 0;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int from = left == 0 ? 0 : __ffs(left) - 1;
       const int64_t row = __shfl_sync(kAllLanes, slots.row, from);
-      factors[i] = __shfl_sync(kAllLanes, slots.factor, from);
+      froms[i] = from;
       if (left == 0) continue;
       LoadSegment<kVector>(shape, w.io.rows + row * shape.row_bytes, segment,
                            w.part, words[i]);
       left &= left - 1;
       ++taken;
     }
+    // Factors come later than rows are asked for: they must not hold these up.
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (i < taken) sum.Add(words[i], weighted, factors[i]);
+      const float factor = __shfl_sync(kAllLanes, slots.factor, froms[i]);
+      if (i < taken) sum.Add(words[i], weighted, factor);
     }
   }
   return sum.Round();
@@ -161,19 +163,20 @@ __device__ void SumToken(const Work& w, int token, int first, int end) {
   const MoeShape& shape = w.shape;
   uint32_t number;
   SlotRows slots = {-1, 0.0f, 0};
-  if (GoesTo(shape, w.index, w.peers.rank, token, &number)) {
-    slots = FindSlots(w, w.source_begin[w.peers.rank] + number);
-  }
+  const bool here = GoesTo(shape, w.index, w.peers.rank, token, &number);
+  const uint32_t unique = w.source_begin[w.peers.rank] + number;
+  if (here) slots = FindSlots(w, unique);
   for (int s = first; s < end; ++s) {
+    // First what waits for nobody, added when its turn comes.
+    Segment<kPackets> own = {};
+    if (here) own = Partial<kType, kVector, kPackets>(w, unique, slots, s);
     RowSum<kType, kPackets> sum;
     for (int rank = 0; rank < shape.ranks; ++rank) {
-      if (!GoesTo(shape, w.index, rank, token, &number)) continue;
       if (rank == w.peers.rank) {
-        const uint32_t unique = w.source_begin[rank] + number;
-        sum.Add(Partial<kType, kVector, kPackets>(w, unique, slots, s), false,
-                0.0f);
+        if (here) sum.Add(own, false, 0.0f);
         continue;
       }
+      if (!GoesTo(shape, w.index, rank, token, &number)) continue;
       const char* const wire = Mailbox(w.peers, w.peers.rank, rank, w.epoch) +
                                number * WireRowBytes(shape);
       BoundedWait wait(w.peers, Operation::kCombine, rank, w.epoch);
@@ -209,7 +212,9 @@ __device__ void PlaceScalars(const Work& w, int token) {
                                number * WireRowBytes(shape) +
                                shape.row_packets * kPacketWire;
       BoundedWait wait(w.peers, Operation::kCombine, rank, w.epoch);
-      if (!ReceiveParts(wire, 1, w.lane, w.part, w.epoch, wait, words)) return;
+      if (!ReceiveParts(wire, 1, w.lane, w.part, w.epoch, wait, Waiting::kEager,
+                        words))
+        return;
     }
     StoreWordPart(reinterpret_cast<uint32_t*>(w.warp_scalars), kScalarsMax,
                   w.part, words[0]);
@@ -329,7 +334,9 @@ Grid CombineGrid(const MoeShape& shape, int blocks_max) {
             false};
   }
   if (!shape.expand) return {blocks_max, std::max(1, blocks_max / 4), 1, false};
-  return {blocks_max, blocks_max / 2, shape.tokens > 64 ? 2 : 1, false};
+  if (shape.tokens <= 64) return {blocks_max, blocks_max / 2, 1, false};
+  if (shape.tokens <= 128) return {blocks_max, blocks_max * 7 / 16, 1, false};
+  return {blocks_max, blocks_max / 2, 2, false};
 }
 
 cudaError_t LaunchCombine(const Peers& peers, const MoeShape& shape, Grid grid,

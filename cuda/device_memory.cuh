@@ -105,6 +105,15 @@ __device__ inline uint4 LoadStreaming(const void* at) {
   return v;
 }
 
+// The same, where it stands.
+__device__ inline uint4 LoadStreamingNow(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
 __device__ inline void StoreStreaming(void* at, uint4 v) {
   asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};"
                :

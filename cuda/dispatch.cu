@@ -16,11 +16,17 @@
 #include "ll128.cuh"
 #include "moe_kernels.h"
 #include "moe_shape.h"
+#include "plain_rows.cuh"
 #include "row_segments.cuh"
+#include "scaled_rows.cuh"
 
 namespace jaxfabric::cuda {
 
 namespace {
+
+// Loads that a warp has in flight, for few tokens less, so that more warps have
+// work. Both divide the 30 packets of 7168 bf16.
+constexpr int kPacketsOfFew = 3, kPacketsOfMany = 5;
 
 // The plan's tables, at `memory`, which may be null to get the size only.
 __host__ __device__ size_t LayTables(const MoeShape& shape, int blocks,
@@ -42,56 +48,34 @@ __host__ __device__ size_t LayTables(const MoeShape& shape, int blocks,
 }
 
 // Shared memory: three words per column, a buffer per warp, and in the small
-// form the plan's tables.
+// form the plan's tables. The buffer holds routes, then a segment's packets.
 __host__ __device__ size_t WarpBufferWords(const MoeShape& shape) {
+  const int segment =
+      shape.scaled
+          ? static_cast<int>(PacketsFor(kSegmentBytes)) * kPacketData / 4
+          : 0;
   const int routes = kTileTokens * shape.k;
   const int columns = shape.experts + 1;
-  return ((routes > columns ? routes : columns) + 3) / 4 * 4;
+  const int most = routes > columns ? routes : columns;
+  return ((segment > most ? segment : most) + 3) / 4 * 4;
 }
 
 __host__ __device__ size_t TotalsWords(const MoeShape& shape) {
   return (3 * (shape.experts + 1) + 3) / 4 * 4;
 }
 
-size_t SharedBytes(const MoeShape& shape, bool many) {
+// Without the plan's tables.
+__host__ __device__ size_t BuffersBytes(const MoeShape& shape) {
+  return (TotalsWords(shape) + kDispatchWarps * WarpBufferWords(shape)) * 4;
+}
+
+size_t SharedBytes(const MoeShape& shape, bool with_tables) {
   PlanTables unused;
-  const size_t tables = many ? 0 : LayTables(shape, 1, nullptr, &unused);
-  return tables +
-         (TotalsWords(shape) + kDispatchWarps * WarpBufferWords(shape)) * 4;
+  return BuffersBytes(shape) +
+         (with_tables ? LayTables(shape, 1, nullptr, &unused) : 0);
 }
 
-template <bool kVector, int kPackets>
-__device__ void SendRows(const DispatchWork& w, WarpShare share) {
-  const MoeShape& shape = w.shape;
-  const RowItems work(SegmentsOf<kPackets>(shape), w.per_item);
-  const int64_t items = int64_t{shape.tokens} * work.items;
-  for (int64_t i = share.index; i < items; i += share.count) {
-    const int token = static_cast<int>(i / work.items);
-    const int first =
-        static_cast<int>(i - int64_t{token} * work.items) * work.per_item;
-    const char* const row = w.io.x + token * shape.row_bytes;
-    Segment<kPackets> words;
-    // On its way before it is known where to.
-    LoadSegment<kVector>(shape, row, first, w.part, words);
-    const uint32_t others =
-        Destinations(shape, w.io.ids + int64_t{token} * shape.k) &
-        ~(1u << w.peers.rank);
-    if (others == 0) continue;
-    const int64_t at =
-        shape.rows_at + int64_t{token} * shape.row_packets * kPacketWire;
-    const int end = min(first + work.per_item, work.segments);
-    for (int s = first; s < end; ++s) {
-      if (s != first) LoadSegment<kVector>(shape, row, s, w.part, words);
-      for (uint32_t left = others; left != 0; left &= left - 1) {
-        char* const wire =
-            Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.epoch) + at;
-        SendSegment(shape, wire, s, w.lane, w.part, words, w.epoch);
-      }
-    }
-  }
-}
-
-template <bool kVector, int kPackets>
+template <class Rows>
 __device__ void Send(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   const int routes = shape.tiles_per_source * 2;
@@ -103,9 +87,9 @@ __device__ void Send(const DispatchWork& w, WarpShare share) {
     SendRoutes(w.peers, shape, tile, weights, w.epoch, array);
   }
   // The warps that sent routes are the last to send rows.
-  SendRows<kVector, kPackets>(
-      w, {(share.index + share.count - routes % share.count) % share.count,
-          share.count});
+  Rows::Send(w,
+             {(share.index + share.count - routes % share.count) % share.count,
+              share.count});
 }
 
 // A tile's ids, received or copied into the tables.
@@ -178,68 +162,56 @@ __device__ bool MakePlan(const DispatchWork& w, PlanTeam team) {
   return SyncTeam(w.peers, team, w.epoch);
 }
 
-template <bool kVector, int kPackets>
+template <class Rows>
 __device__ void Place(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   for (int job = share.index; job < shape.tiles + 1; job += share.count) {
     if (job < shape.tiles) PlaceRoutes(w, job);
     if (job == shape.tiles) PlaceCounts(w);
   }
-  const RowItems work(SegmentsOf<kPackets>(shape), w.per_item);
-  const int64_t items = int64_t{shape.ranks} * shape.tokens * work.items;
-  // From the last warp on: the first ones were busy with the routes. This
-  // rank's own rows come first, because nobody has to wait for them.
-  for (int64_t i = share.count - 1 - share.index; i < items; i += share.count) {
-    const auto row = static_cast<int>(i / work.items);
-    const int first =
-        static_cast<int>(i - int64_t{row} * work.items) * work.per_item;
-    const int turn = row / shape.tokens;
-    const int source = (w.peers.rank + turn) % shape.ranks;
-    PlaceRow<kVector, kPackets>(w, source, row - turn * shape.tokens, first,
-                                min(first + work.per_item, work.segments));
-  }
-  PlaceNothing<kVector, kPackets>(w, share);
+  Rows::Place(w, share);
+  PlaceNothing<Rows>(w, share);
 }
 
-// Without a plan yet.
+// Without a plan yet. `shared` is BuffersBytes() and, for few tokens, tables.
 __device__ DispatchWork WorkOf(const Peers& peers, const MoeShape& shape,
                                const DispatchBuffers& io, uint64_t epoch,
-                               bool many, int per_item) {
-  DispatchWork w = {peers, shape, io, {},   {},      nullptr,
-                    epoch, 0,     {}, many, per_item};
-  w.lane = threadIdx.x % kLanes;
+                               bool many, int per_item, uint4* shared) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
+  const int columns = PlanColumns(shape);
+  const int warp = threadIdx.x / kLanes;
+  DispatchWork w = {
+      peers, shape, io,       {},
+      {},    words, epoch,    static_cast<int>(threadIdx.x) % kLanes,
+      {},    many,  per_item, false};
   w.part = MyPart(w.lane);
+  w.totals = {words, words + columns, words + 2 * columns};
+  w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
+  if (shape.scaled) {
+    w.aligned = IsVector(io.x, shape.x_row_bytes) &&
+                IsVector(io.tokens, shape.row_bytes);
+  }
   return w;
 }
 
-template <bool kMany, bool kVector>
+template <bool kMany, class Rows>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
     DispatchKernel(const __grid_constant__ Peers peers,
                    const __grid_constant__ MoeShape shape,
                    const __grid_constant__ DispatchBuffers io, char* workspace,
                    int send_blocks, int per_item) {
-  constexpr int kPackets =
-      kMany ? kDispatchPacketsOfMany : kDispatchPacketsOfFew;
-  extern __shared__ uint4 shared_memory[];
+  extern __shared__ uint4 shared[];
   const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
     EnterProgramCall(peers, Operation::kDispatch, epoch);
   }
-  char* const shared = reinterpret_cast<char*>(shared_memory);
-  uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
-  const int columns = PlanColumns(shape);
   const int warp = threadIdx.x / kLanes;
-  DispatchWork w = WorkOf(peers, shape, io, epoch, kMany, per_item);
-  w.totals = {words, words + columns, words + 2 * columns};
-  w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
+  DispatchWork w = WorkOf(peers, shape, io, epoch, kMany, per_item, shared);
   const int receive_blocks = gridDim.x - send_blocks;
   const bool roles = send_blocks > 0;
   char* const tables =
-      kMany ? workspace
-            : shared + (TotalsWords(shape) +
-                        kDispatchWarps * WarpBufferWords(shape)) *
-                           4;
+      kMany ? workspace : reinterpret_cast<char*>(shared) + BuffersBytes(shape);
   LayTables(shape, kMany ? receive_blocks : 1, tables, &w.tables);
   int block = blockIdx.x;
   if (peers.phase == Phase::kDone) {
@@ -248,7 +220,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     // A block's warps are far apart in the order of the work.
     const int blocks = roles ? send_blocks : gridDim.x;
     const WarpShare share = {warp * blocks + block, blocks * kDispatchWarps};
-    Send<kVector, kPackets>(w, share);
+    Send<Rows>(w, share);
     // The last block has the least to send.
     if (block == blocks - 1) CountSent(w);
     if (roles) {
@@ -266,18 +238,19 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (threadIdx.x == kLanes) AdvanceEpoch(peers, epoch);
   const WarpShare share = {warp * receive_blocks + block,
                            receive_blocks * kDispatchWarps};
-  Place<kVector, kPackets>(w, share);
+  Place<Rows>(w, share);
   if (peers.phase == Phase::kDone) Release(peers, epoch);
 }
 
 // The first half: what the whole kernel sends, once its place is free.
-template <bool kVector>
+template <class Rows>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
     DispatchStartKernel(const __grid_constant__ Peers peers,
                         const __grid_constant__ MoeShape shape,
                         const __grid_constant__ DispatchBuffers io,
                         char* /*workspace*/, int /*send_blocks*/,
                         int per_item) {
+  extern __shared__ uint4 shared[];
   const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
@@ -287,22 +260,49 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
   const int blocks = gridDim.x;
   const int warp = threadIdx.x / kLanes;
-  Send<kVector, kDispatchPacketsOfMany>(
-      WorkOf(peers, shape, io, epoch, false, per_item),
+  Send<Rows>(
+      WorkOf(peers, shape, io, epoch, false, per_item, shared),
       {warp * blocks + static_cast<int>(blockIdx.x), blocks * kDispatchWarps});
 }
 
 using Kernel = void (*)(Peers, MoeShape, DispatchBuffers, char*, int, int);
 
-Kernel StartKernelFor(bool vector) {
-  return vector ? DispatchStartKernel<true> : DispatchStartKernel<false>;
+// What a call is to a kernel.
+enum class Form { kFew, kMany, kStart };
+
+template <class FewRows, class ManyRows>
+Kernel KernelOf(Form form) {
+  switch (form) {
+    case Form::kFew:
+      return DispatchKernel<false, FewRows>;
+    case Form::kMany:
+      return DispatchKernel<true, ManyRows>;
+    case Form::kStart:
+      return DispatchStartKernel<ManyRows>;
+  }
+  return nullptr;
 }
 
-Kernel KernelFor(bool many, bool vector) {
-  if (many) {
-    return vector ? DispatchKernel<true, true> : DispatchKernel<true, false>;
+Kernel PlainKernel(Form form, bool vector) {
+  return vector ? KernelOf<PlainRows<true, kPacketsOfFew>,
+                           PlainRows<true, kPacketsOfMany>>(form)
+                : KernelOf<PlainRows<false, kPacketsOfFew>,
+                           PlainRows<false, kPacketsOfMany>>(form);
+}
+
+Kernel ScaledKernel(Form form, RowType type) {
+  switch (type) {
+    case RowType::kF32:
+      return KernelOf<ScaledRows<RowType::kF32>, ScaledRows<RowType::kF32>>(
+          form);
+    case RowType::kBf16:
+      return KernelOf<ScaledRows<RowType::kBf16>, ScaledRows<RowType::kBf16>>(
+          form);
+    case RowType::kF16:
+      return KernelOf<ScaledRows<RowType::kF16>, ScaledRows<RowType::kF16>>(
+          form);
   }
-  return vector ? DispatchKernel<false, true> : DispatchKernel<false, false>;
+  return nullptr;
 }
 
 }  // namespace
@@ -314,16 +314,26 @@ size_t PlanBytes(const MoeShape& shape, Grid grid) {
 
 Grid DispatchGrid(const MoeShape& shape, int blocks_max) {
   const bool many =
-      SharedBytes(shape, false) > kSharedPlanBytesMax || shape.tokens > 256;
+      SharedBytes(shape, true) > kSharedPlanBytesMax || shape.tokens > 256;
+  constexpr int kTokensForRoles = 32;
+  const auto with = [&](int sixteenths, int segments) {
+    return Grid{blocks_max, std::max(1, blocks_max * sixteenths / 16), segments,
+                many};
+  };
+  // Numbers of e4m3 are made by senders and, of own rows, by receivers.
+  if (shape.scaled && shape.tokens >= kTokensForRoles) {
+    if (!many) return with(4, 2);
+    if (shape.expand) return with(shape.keep ? 4 : 3, 1);
+    return with(shape.keep ? 5 : 4, 4);
+  }
   // The senders are as many as keep the link busy; repeated rows keep the
   // receivers busy too.
   if (many) {
-    const bool very_many = shape.tokens > 1024;
-    const int share = shape.expand ? 6 : very_many ? 5 : 4;
-    return {blocks_max, std::max(1, blocks_max / share), very_many ? 3 : 2,
-            true};
+    if (shape.tokens > 1024 && !shape.expand) return with(7, 4);
+    const int share = shape.expand ? 6 : 4;
+    return {blocks_max, std::max(1, blocks_max / share),
+            shape.tokens > 1024 ? 3 : 2, true};
   }
-  constexpr int kTokensForRoles = 32;
   if (shape.tokens < kTokensForRoles) return {blocks_max, 0, 1, false};
   const int share = shape.tokens <= 128 ? 8 : 4;
   return {blocks_max, std::max(1, blocks_max / share), 2, false};
@@ -340,14 +350,15 @@ cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid.blocks);
   config.blockDim = dim3(kDispatchThreads);
-  config.dynamicSmemBytes = start ? 0 : SharedBytes(shape, many);
+  config.dynamicSmemBytes = SharedBytes(shape, !many && !start);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = many && !start ? 1 : 0;
+  const Form form = start ? Form::kStart : many ? Form::kMany : Form::kFew;
   const bool vector = IsVector(buffers.x, shape.row_bytes) &&
                       IsVector(buffers.tokens, shape.row_bytes);
   const Kernel kernel =
-      start ? StartKernelFor(vector) : KernelFor(many, vector);
+      shape.scaled ? ScaledKernel(form, shape.type) : PlainKernel(form, vector);
   // All blocks of a half have the same role.
   const int send_blocks = peers.phase == Phase::kWhole ? grid.send_blocks : 0;
   return cudaLaunchKernelEx(&config, kernel, peers, shape, buffers, workspace,
@@ -356,10 +367,11 @@ cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
 
 cudaError_t PreloadDispatchKernels() {
   constexpr int kShared = 200 << 10;
-  for (const bool vector : {false, true}) {
+  for (const Form form : {Form::kFew, Form::kMany, Form::kStart}) {
     for (const Kernel kernel :
-         {KernelFor(false, vector), KernelFor(true, vector),
-          StartKernelFor(vector)}) {
+         {PlainKernel(form, false), PlainKernel(form, true),
+          ScaledKernel(form, RowType::kF32), ScaledKernel(form, RowType::kBf16),
+          ScaledKernel(form, RowType::kF16)}) {
       const cudaError_t error = cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       if (error != cudaSuccess) return error;

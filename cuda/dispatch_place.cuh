@@ -8,34 +8,12 @@
 
 #include "bounded_wait.cuh"
 #include "dispatch_plan.cuh"
-#include "ll128.cuh"
+#include "dispatch_work.cuh"
 #include "moe_kernels.h"
 #include "moe_shape.h"
 #include "row_segments.cuh"
 
 namespace jaxfabric::cuda {
-
-inline constexpr int kDispatchThreads = 512;
-inline constexpr int kDispatchWarps = kDispatchThreads / kLanes;
-// Loads that a warp has in flight, for few tokens less, so that more warps have
-// work. Both divide the 30 packets of 7168 bf16.
-inline constexpr int kDispatchPacketsOfFew = 3, kDispatchPacketsOfMany = 5;
-// Beyond this a plan does not fit a block's shared memory next to the rest.
-inline constexpr size_t kSharedPlanBytesMax = size_t{96} << 10;
-
-struct DispatchWork {
-  const Peers& peers;
-  const MoeShape& shape;
-  const DispatchBuffers& io;
-  PlanTables tables;
-  PlanTotals totals;
-  uint32_t* warp_buffer;
-  uint64_t epoch;
-  int lane;
-  LanePart part;
-  bool many;  // tokens: blocks have roles
-  int per_item;
-};
 
 __device__ inline const int32_t* TileIds(const DispatchWork& w,
                                          const Tile& tile) {
@@ -90,57 +68,13 @@ __device__ inline void PlaceRoutes(const DispatchWork& w, int number) {
   __syncwarp();
 }
 
-// Segments [first, end) of one row.
-template <bool kVector, int kPackets>
-__device__ void PlaceRow(const DispatchWork& w, int source, int token,
-                         int first, int end) {
-  const MoeShape& shape = w.shape;
-  const bool own = source == w.peers.rank;
-  const char* const row = w.io.x + token * shape.row_bytes;
-  const char* const wire =
-      own ? nullptr
-          : Mailbox(w.peers, w.peers.rank, source, w.epoch) + shape.rows_at +
-                int64_t{token} * shape.row_packets * kPacketWire;
-  Segment<kPackets> words;
-  if (own) LoadSegment<kVector>(shape, row, first, w.part, words);
-  const TokenRows rows =
-      FindRows(shape, w.peers.rank, w.tables, w.totals, source, token);
-  if (!rows.here) return;
-  BoundedWait wait(w.peers, Operation::kDispatch, source, w.epoch);
-  for (int s = first; s < end; ++s) {
-    if (own) {
-      if (s != first) LoadSegment<kVector>(shape, row, s, w.part, words);
-    } else if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.epoch, wait,
-                               words)) {
-      return;
-    }
-    if (!shape.expand) {
-      StoreSegment<kVector>(shape, w.io.tokens + rows.unique * shape.row_bytes,
-                            s, w.part, words);
-      continue;
-    }
-    for (uint32_t left = rows.kept; left != 0; left &= left - 1) {
-      const int64_t to = __shfl_sync(kAllLanes, rows.row, __ffs(left) - 1);
-      StoreSegment<kVector>(shape, w.io.tokens + to * shape.row_bytes, s,
-                            w.part, words);
-    }
-  }
-}
-
-template <bool kVector, int kPackets>
-__device__ void ZeroRow(const DispatchWork& w, int64_t row, int segment) {
-  const Segment<kPackets> zeros = {};
-  StoreSegment<kVector>(w.shape, w.io.tokens + row * w.shape.row_bytes, segment,
-                        w.part, zeros);
-}
-
 // Rows without an assignment: padding in the groups and what comes after them.
-template <bool kVector, int kPackets>
+template <class Rows>
 __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
   const MoeShape& shape = w.shape;
   const uint32_t* const total = w.totals.total;
   const int64_t rows_end = w.totals.base[shape.experts];
-  const int segments = SegmentsOf<kPackets>(shape);
+  const int segments = Rows::Segments(shape);
   const auto vacant = [&](int64_t row) {
     if (w.lane == 0) {
       w.io.row_weights[row] = 0.0f;
@@ -155,7 +89,7 @@ __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
     if (row >= w.totals.base[expert + 1]) continue;
     vacant(row);
     for (int s = 0; s < segments && shape.expand; ++s) {
-      ZeroRow<kVector, kPackets>(w, row, s);
+      Rows::Zero(w, row, s);
     }
   }
   const int64_t thread = int64_t{share.index} * kLanes + w.lane;
@@ -175,8 +109,7 @@ __device__ void PlaceNothing(const DispatchWork& w, WarpShare share) {
   const int64_t end = shape.expand ? shape.rows : unique_max;
   for (int64_t i = share.index; i < (end - begin) * segments;
        i += share.count) {
-    ZeroRow<kVector, kPackets>(w, begin + i / segments,
-                               static_cast<int>(i % segments));
+    Rows::Zero(w, begin + i / segments, static_cast<int>(i % segments));
   }
 }
 

@@ -173,7 +173,7 @@ __device__ inline void SumBlocks(const MoeShape& shape, PlanTeam team,
   __syncthreads();
 }
 
-// Where one token's assignments go; lane k has the k-th.
+// Where one token's assignments go; lane k has the k-th, if rows are repeated.
 struct TokenRows {
   uint32_t unique;  // row among the unique rows, where the token is here
   bool here;
@@ -197,6 +197,7 @@ __device__ inline TokenRows FindRows(const MoeShape& shape, int rank,
   rows.here = (here & bit) != 0;
   if (!rows.here) return rows;
   rows.unique = before[shape.experts] + __popc(here & (bit - 1));
+  if (!shape.expand) return rows;
   if (lane < shape.k) {
     const int id =
         tables.ids[(int64_t{source} * shape.tokens + token) * shape.k + lane];

@@ -6,8 +6,10 @@
 #include <cstdio>
 
 #include "driver_api.h"
+#include "engine/mesh_group.h"
 #include "moe_kernels.h"
 #include "primitive_kernels.h"
+#include "probe_kernels.h"
 
 namespace jaxfabric::cuda {
 
@@ -38,6 +40,8 @@ const char* OperationName(uint32_t operation) {
       return "scatter";
     case Operation::kPutPages:
       return "put_pages";
+    case Operation::kExchange:
+      return "exchange";
   }
   return "call";
 }
@@ -108,22 +112,56 @@ Status ToStatus(int rank, const ErrorWord& word) {
 
 }  // namespace
 
-StatusOr<std::unique_ptr<Group>> Group::Create(int ranks, uint64_t window_bytes,
-                                               uint64_t mailbox_bytes) {
-  if (ranks < 1 || ranks > kRanksMax) {
-    return Status(StatusCode::kInvalidArgument,
-                  "a group on NVLink has 1 to " + std::to_string(kRanksMax) +
-                      " ranks, not " + std::to_string(ranks));
+StatusOr<std::unique_ptr<Group>> Group::Create(
+    const std::vector<int64_t>& mesh_shape, uint64_t window_bytes,
+    uint64_t mailbox_bytes) {
+  int64_t ranks = 1;
+  for (const int64_t size : mesh_shape) {
+    const bool fits = size >= 1 && size <= kRanksMax / ranks;
+    if (!fits) {
+      return Status(StatusCode::kInvalidArgument,
+                    "a Fabric over NVLink has 1 to " +
+                        std::to_string(kRanksMax) + " ranks");
+    }
+    ranks *= size;
   }
-  return std::unique_ptr<Group>(new Group(ranks, window_bytes, mailbox_bytes));
+  return std::unique_ptr<Group>(new Group(mesh_shape, static_cast<int>(ranks),
+                                          window_bytes, mailbox_bytes));
 }
 
-Group::Group(int ranks, uint64_t window_bytes, uint64_t mailbox_bytes)
-    : ranks_(ranks),
+Group::Group(const std::vector<int64_t>& mesh_shape, int ranks,
+             uint64_t window_bytes, uint64_t mailbox_bytes)
+    : mesh_shape_(mesh_shape),
+      ranks_(ranks),
       window_bytes_(RoundUp(window_bytes, kLineBytes)),
       mailbox_bytes_(RoundUp(mailbox_bytes, kLineBytes)),
-      message_begin_(kWindowsBegin + window_bytes_),
-      heaps_(ranks) {}
+      heap_bytes_(kWindowsBegin + window_bytes_),
+      heaps_(ranks) {
+  std::vector<uint64_t> sizes;  // of the axes that make a difference
+  for (const int64_t size : mesh_shape_) {
+    if (size > 1) sizes.push_back(size);
+  }
+  for (uint32_t set = 1; set < 1u << sizes.size(); ++set) {
+    uint64_t members = 1;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if ((set >> i & 1) != 0) members *= sizes[i];
+    }
+    message_begin_.push_back(heap_bytes_);
+    heap_bytes_ += 4 * (members - 1) * mailbox_bytes_;
+  }
+  if (sizes.empty()) message_begin_.push_back(heap_bytes_);
+}
+
+int Group::AxisSetOf(const std::vector<int64_t>& axes) const {
+  uint32_t set = 0, bit = 1;
+  for (size_t axis = 0; axis < mesh_shape_.size(); ++axis) {
+    if (mesh_shape_[axis] <= 1) continue;
+    const auto at = static_cast<int64_t>(axis);
+    if (std::find(axes.begin(), axes.end(), at) != axes.end()) set |= bit;
+    bit <<= 1;
+  }
+  return set == 0 ? 0 : static_cast<int>(set) - 1;  // a rank alone has no peers
+}
 
 Group::~Group() {
   for (auto& [rank, local] : local_) {
@@ -139,18 +177,13 @@ Group::~Group() {
   }
 }
 
-size_t Group::HeapBytes() const {
-  return message_begin_ +
-         4 * static_cast<uint64_t>(ranks_ - 1) * mailbox_bytes_;
-}
-
 Status Group::AddLocal(int rank, int device) {
   if (rank < 0 || rank >= ranks_ || heaps_[rank] != nullptr) {
     return Status(StatusCode::kInvalidArgument,
                   "rank " + std::to_string(rank) + " is out of range or twice");
   }
   JF_ASSIGN_OR_RETURN(heaps_[rank],
-                      SharedAllocation::Create(device, HeapBytes()));
+                      SharedAllocation::Create(device, heap_bytes_));
   Local& local = local_[rank];
   local.device = device;
   const ScopedDevice current(device);
@@ -195,7 +228,7 @@ Status Group::Import(int rank, int fd) {
   }
   JF_ASSIGN_OR_RETURN(
       heaps_[rank],
-      SharedAllocation::Import(fd, HeapBytes(), local_.begin()->second.device));
+      SharedAllocation::Import(fd, heap_bytes_, local_.begin()->second.device));
   return OkStatus();
 }
 
@@ -219,6 +252,10 @@ Status Group::Open() {
         "cudaMemset"));
     JF_RETURN_IF_ERROR(
         cuda::ToStatus(PreloadPrimitiveKernels(), "loading the primitives"));
+    JF_RETURN_IF_ERROR(
+        cuda::ToStatus(PreloadExchangeKernel(), "loading exchange"));
+    JF_RETURN_IF_ERROR(
+        cuda::ToStatus(PreloadProbeKernels(), "loading the probes"));
     JF_RETURN_IF_ERROR(
         cuda::ToStatus(PreloadDispatchKernels(), "loading dispatch"));
     JF_RETURN_IF_ERROR(
@@ -265,24 +302,32 @@ StatusOr<Group::Window> Group::FindWindow(int64_t index) const {
   return windows_[static_cast<size_t>(index)];
 }
 
-Peers Group::PeersOf(int rank, double timeout_s, Phase phase) const {
+StatusOr<Peers> Group::PeersOf(int rank, const std::vector<int64_t>& axes,
+                               double timeout_s, Phase phase) const {
+  JF_ASSIGN_OR_RETURN(const MeshGroup members,
+                      GroupOf(mesh_shape_, axes, static_cast<uint32_t>(rank)));
   const Local& local = local_.at(rank);
+  const int set = AxisSetOf(axes);
   Peers peers = {};
-  peers.rank = rank;
-  peers.ranks = ranks_;
-  for (int peer = 0; peer < ranks_; ++peer) {
-    peers.heap[peer] = heaps_[peer]->data();
+  peers.rank = static_cast<int32_t>(members.position);
+  peers.ranks = static_cast<int32_t>(members.ranks.size());
+  for (int peer = 0; peer < peers.ranks; ++peer) {
+    const uint32_t number = members.ranks[peer];
+    peers.heap[peer] = heaps_[number]->data();
+    peers.mesh_rank[peer] = static_cast<int32_t>(number);
   }
   peers.state = local.state;
+  peers.sequence = &local.state->sequences[set];
+  peers.flags_begin = set * kFlagsBytes;
   peers.error = local.error;
   peers.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
-  peers.message_begin = message_begin_;
+  peers.message_begin = message_begin_[set];
   peers.mailbox_bytes = mailbox_bytes_;
-  peers.counter = &local.state->messages;
+  peers.counter = &peers.sequence->messages;
   peers.phase = phase;
   if (phase != Phase::kWhole) {  // with parts and numbers of their own
-    peers.message_begin += 2 * (ranks_ - 1) * mailbox_bytes_;
-    peers.counter = &local.state->halves;
+    peers.message_begin += 2 * (peers.ranks - 1) * mailbox_bytes_;
+    peers.counter = &peers.sequence->halves;
   }
   return peers;
 }

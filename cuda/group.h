@@ -24,11 +24,11 @@ namespace jaxfabric::cuda {
 
 class Group {
  public:
-  // Equal on all ranks. `mailbox_bytes` bounds what one rank sends another in
-  // one call.
-  static StatusOr<std::unique_ptr<Group>> Create(int ranks,
-                                                 uint64_t window_bytes,
-                                                 uint64_t mailbox_bytes);
+  // Equal on all ranks, which count through the mesh in row-major order.
+  // `mailbox_bytes` bounds what one rank sends another in one call.
+  static StatusOr<std::unique_ptr<Group>> Create(
+      const std::vector<int64_t>& mesh_shape, uint64_t window_bytes,
+      uint64_t mailbox_bytes);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -52,8 +52,10 @@ class Group {
   int ranks() const { return ranks_; }
   // The rank on `device`, or -1.
   int RankOn(int device) const;
-  // What a kernel of a local rank is told.
-  Peers PeersOf(int rank, double timeout_s, Phase phase) const;
+  // What a kernel of a local rank is told, for a call over these axes of the
+  // mesh.
+  StatusOr<Peers> PeersOf(int rank, const std::vector<int64_t>& axes,
+                          double timeout_s, Phase phase) const;
   char* Workspace(int rank) const;
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
   // One word for each page of a window: see PutPagesArguments.
@@ -81,13 +83,17 @@ class Group {
     ErrorWord* error = nullptr;  // pinned, mapped
   };
 
-  Group(int ranks, uint64_t window_bytes, uint64_t mailbox_bytes);
-  size_t HeapBytes() const;
+  Group(const std::vector<int64_t>& mesh_shape, int ranks,
+        uint64_t window_bytes, uint64_t mailbox_bytes);
+  // Which of the sets that have flags and messages of their own.
+  int AxisSetOf(const std::vector<int64_t>& axes) const;
 
+  const std::vector<int64_t> mesh_shape_;
   const int ranks_;
   const uint64_t window_bytes_;
   const uint64_t mailbox_bytes_;
-  uint64_t message_begin_ = 0;
+  std::vector<uint64_t> message_begin_;  // of each set of axes
+  uint64_t heap_bytes_ = 0;
   std::vector<std::unique_ptr<SharedAllocation>> heaps_;
   std::map<int, Local> local_;
   mutable std::mutex mutex_;

@@ -16,7 +16,6 @@ namespace jaxfabric::cuda {
 struct Published {
   std::shared_ptr<Group> group;
   double timeout_s = 0;
-  int mesh_axes = 0;
 };
 
 class GroupRegistry {

@@ -2,13 +2,20 @@
 //
 // Every rank of a group has one heap of the same layout, mapped by all of them:
 //
-//   offset                 bytes                       written by
-//   kBarrierFlags          kRanksMax x 128             each peer, its own line
-//   kHelloFlags            kRanksMax x 128             each peer, its own line
-//   kReleaseFlags          2 x kRanksMax x 128         each peer, its own lines
-//   kArrivals              kCountersMax x 8            all peers, by addition
-//   kWindowsBegin          window_bytes                all peers
-//   message_begin          4 x (N - 1) x mailbox_bytes each peer, its own parts
+//   offset            bytes                          written by
+//   0                 kAxisSetsMax x kFlagsBytes     see below
+//   kArrivals         kCountersMax x 8               all peers, by addition
+//   kWindowsBegin     window_bytes                   all peers
+//   after them        4 x (N - 1) x mailbox_bytes    each peer, its own parts
+//                     for each set of axes
+//
+// Flags and messages are there once for each set of the mesh's axes that calls
+// may be over: a rank's peers differ between these sets, and so do the epochs
+// that they have come to. N is the number of ranks of such a set. The flags are
+//
+//   kBarrierFlags     kRanksMax x 128                each peer, its own line
+//   kHelloFlags       kRanksMax x 128                each peer, its own line
+//   kReleaseFlags     2 x kRanksMax x 128            each peer, its own lines
 //
 // Messages are LL128 packets and nothing else: the last 8 bytes of each
 // 128-byte line there have never held anything but an epoch, so a stale line
@@ -38,11 +45,15 @@ inline constexpr int kCountersMax = kWindowsMax * kIdsMax;
 // Flags stand in lines of their own, so that peers do not share one.
 inline constexpr size_t kLineBytes = 128;
 
+// Of a set of axes.
 inline constexpr size_t kBarrierFlags = 0;
 inline constexpr size_t kHelloFlags = kBarrierFlags + kRanksMax * kLineBytes;
 inline constexpr size_t kReleaseFlags = kHelloFlags + kRanksMax * kLineBytes;
-inline constexpr size_t kArrivals =
+inline constexpr size_t kFlagsBytes =
     kReleaseFlags + size_t{2} * kRanksMax * kLineBytes;
+// 16 ranks have at most four axes of more than one rank.
+inline constexpr int kAxisSetsMax = 15;
+inline constexpr size_t kArrivals = kAxisSetsMax * kFlagsBytes;
 inline constexpr size_t kWindowsBegin = size_t{512} << 10;
 static_assert(kArrivals + kCountersMax * sizeof(uint64_t) <= kWindowsBegin);
 
@@ -68,13 +79,14 @@ enum class Operation : uint32_t {
   kReplay = 6,
   kScatter = 7,
   kPutPages = 8,
+  kExchange = 9,
 };
 
 // In pinned host memory, written by the first thread that fails.
 struct ErrorWord {
   uint32_t code;
   uint32_t operation;
-  uint32_t peer;
+  uint32_t peer;  // of the mesh
   int32_t detail;
   uint64_t epoch;
   uint64_t elapsed_ns;
@@ -93,12 +105,17 @@ struct EpochCounter {
   uint32_t readers;  // of a second half, that have read all they were sent
 };
 
-// Counters of one rank, in its own device memory. Kernels advance them, because
-// a replayed command buffer never asks the host. Zero at first.
-struct RankState {
+// How far the calls over one set of axes have come.
+struct CallSequence {
   EpochCounter messages;
   EpochCounter halves;
   uint64_t barrier_epoch;
+};
+
+// Counters of one rank, in its own device memory. Kernels advance them, because
+// a replayed command buffer never asks the host. Zero at first.
+struct RankState {
+  CallSequence sequences[kAxisSetsMax];
   uint32_t put_blocks[kRanksMax];  // by the slice that they copy
   uint32_t wait_blocks;
   uint32_t pages_blocks;
@@ -119,12 +136,16 @@ struct ProgramCall {
   float* token_out;
 };
 
-// The argument that all kernels have.
+// The argument that all kernels have. Ranks are counted along the axes of the
+// call, in their order.
 struct Peers {
   int32_t rank;
   int32_t ranks;
-  char* heap[kRanksMax];  // [rank] is this rank's own
+  char* heap[kRanksMax];         // [rank] is this rank's own
+  int32_t mesh_rank[kRanksMax];  // what they are in the mesh
   RankState* state;
+  CallSequence* sequence;
+  uint64_t flags_begin;
   ErrorWord* error;
   uint64_t timeout_ns;
   uint64_t message_begin;  // of the parts that this kernel uses

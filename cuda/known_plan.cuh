@@ -54,8 +54,7 @@ __device__ inline void SayHello(const Peers& peers, uint64_t epoch) {
   const int peer = threadIdx.x;
   if (peers.phase == Phase::kWhole && peer < peers.ranks &&
       peer != peers.rank) {
-    StoreRelaxedSystem(FlagLine(peers.heap[peer], kHelloFlags, peers.rank),
-                       epoch);
+    StoreRelaxedSystem(FlagLine(peers, kHelloFlags, peer, peers.rank), epoch);
   }
 }
 
@@ -65,7 +64,7 @@ __device__ inline void AwaitHellos(const Peers& peers, Operation operation,
   if (peers.phase == Phase::kWhole && peer < peers.ranks &&
       peer != peers.rank) {
     WaitForFlag(peers, operation, peer,
-                FlagLine(peers.heap[peers.rank], kHelloFlags, peer), epoch,
+                FlagLine(peers, kHelloFlags, peers.rank, peer), epoch,
                 /*acquire=*/false);
   }
 }

@@ -146,27 +146,60 @@ __device__ inline void SendPart(char* wire, int lane, LanePart part,
                : "memory");
 }
 
+// This lane's part of a packet in this rank's heap, which may not be there yet.
+__device__ inline LaneWords LoadWire(const char* wire, int lane) {
+  LaneWords words;
+  asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(words.low), "=l"(words.high)
+               : "l"(wire + lane * 16)
+               : "memory");
+  return words;
+}
+
+// How a warp waits for packets. Eager: it asks for all of them again and again,
+// and has them once they are there. Patient: it watches one flag, now and then,
+// for where there are many warps that wait: what they all ask for would be
+// most of the traffic.
+enum class Waiting { kEager, kPatient };
+
+// Waits for a line of the packet at `wire`; false if in vain. By a whole warp.
+__device__ inline bool WatchLine(const char* wire, int line, uint64_t epoch,
+                                 BoundedWait& wait) {
+  constexpr int kFlagOffset = 120;
+  constexpr unsigned kNanoseconds = 200;
+  const auto* const flag = reinterpret_cast<const uint64_t*>(
+      wire + line * static_cast<int>(kLineBytes) + kFlagOffset);
+  for (;;) {
+    const bool here = LoadRelaxedSystem(flag) == epoch;
+    if (__all_sync(kAllLanes, here)) return true;
+    if (__any_sync(kAllLanes, wait.Expired())) return false;
+    __nanosleep(kNanoseconds);
+  }
+}
+
 // Waits for `count` (at most kMost) packets from `wire` on in this rank's heap.
 // All lanes of the warp call it; false if they waited in vain.
 template <int kMost>
 __device__ bool ReceiveParts(const char* wire, int count, int lane,
                              LanePart part, uint64_t epoch, BoundedWait& wait,
-                             LaneWords (&words)[kMost]) {
+                             Waiting waiting, LaneWords (&words)[kMost]) {
   for (;;) {
     bool here = true;
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      if (i >= count) continue;
-      asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
-                   : "=l"(words[i].low), "=l"(words[i].high)
-                   : "l"(wire + i * kPacketWire + lane * 16)
-                   : "memory");
+      if (i < count) words[i] = LoadWire(wire + i * kPacketWire, lane);
     }
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
       if (i < count && part.bytes == 8) here &= words[i].high == epoch;
     }
     if (__all_sync(kAllLanes, here)) return true;
+    if (waiting == Waiting::kPatient) {
+      if (!WatchLine(wire + (count - 1) * kPacketWire, 3, epoch, wait)) {
+        return false;
+      }
+      continue;
+    }
     // The lanes' clocks differ, and all must leave together.
     if (__any_sync(kAllLanes, wait.Expired())) return false;
   }

@@ -33,20 +33,17 @@ StatusOr<RowType> RowTypeOf(const Buffer& rows) {
       return RowType::kF16;
     default:
       return Status(StatusCode::kUnimplemented,
-                    "on GPUs sums are of float32, bfloat16 or float16 rows; "
-                    "cast them");
+                    "on GPUs rows that are summed or scaled are float32, "
+                    "bfloat16 or float16; cast them");
   }
 }
 
-// `rows` is any buffer of rows of this call, `ids` is int32[T, K].
+// `rows` is any buffer of rows of this call, `ids` is int32[T, K]. Rows that
+// travel as e4m3 are those of x, and `keep` says that they are returned so.
 StatusOr<MoeShape> ShapeOf(const MoeAttributes& attributes, int ranks,
                            const Buffer& rows, const Buffer& ids,
-                           bool with_scalars) {
+                           bool with_scalars, bool keep = false) {
   MoeShape shape = {};
-  if (attributes.e4m3) {
-    return Status(StatusCode::kUnimplemented,
-                  "on GPUs scaled rows are packed by the program, not here");
-  }
   shape.ranks = ranks;
   shape.tokens = static_cast<int32_t>(ids.dimensions()[0]);
   shape.k = static_cast<int32_t>(ids.dimensions()[1]);
@@ -55,6 +52,13 @@ StatusOr<MoeShape> ShapeOf(const MoeAttributes& attributes, int ranks,
   shape.alignment = static_cast<int32_t>(attributes.expert_alignment);
   shape.row_bytes = rows.dimensions()[1] *
                     static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  if (attributes.e4m3) {
+    JF_ASSIGN_OR_RETURN(shape.type, RowTypeOf(rows));
+    shape.scaled = true;
+    shape.keep = keep;
+    shape.hidden = static_cast<int32_t>(rows.dimensions()[1]);
+    if (keep) shape.row_bytes = shape.hidden;
+  }
   const int64_t all = int64_t{ranks} * shape.tokens * shape.slots;
   const bool limited = attributes.capacity >= 0 && attributes.capacity < all;
   const int64_t kept = limited ? attributes.capacity : all;
@@ -75,23 +79,17 @@ StatusOr<MoeShape> ShapeOf(const MoeAttributes& attributes, int ranks,
 }
 
 Status CheckMessage(const MoeShape& shape, const Peers& peers) {
-  const auto bytes = static_cast<uint64_t>(MessageBytes(shape));
-  if (bytes <= peers.mailbox_bytes) return OkStatus();
-  return Status(
-      StatusCode::kResourceExhausted,
-      "a message of " + std::to_string(bytes) +
-          " bytes does not fit a mailbox of " +
-          std::to_string(peers.mailbox_bytes) +
-          "; open the Fabric with mailbox_bytes=" + std::to_string(bytes));
+  return CheckMessageBytes(static_cast<uint64_t>(MessageBytes(shape)), peers);
 }
 
 Status RunDispatch(const Target& target, const MoeAttributes& attributes,
                    const Buffer& x, const Buffer& ids, DispatchBuffers buffers,
                    cudaStream_t stream) {
   JF_ASSIGN_OR_RETURN(const MoeShape shape,
-                      ShapeOf(attributes, target.peers.ranks, x, ids, false));
+                      ShapeOf(attributes, target.peers.ranks, x, ids, false,
+                              buffers.scales != nullptr));
   JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
-  const int rank = target.peers.rank;
+  const int rank = target.rank;
   const Grid grid = DispatchGrid(shape, target.group->BlocksMax(rank));
   if (PlanBytes(shape, grid) > Group::kWorkspaceBytes) {
     return Status(StatusCode::kResourceExhausted,
@@ -105,11 +103,19 @@ Status RunDispatch(const Target& target, const MoeAttributes& attributes,
                   "launch");
 }
 
-// What both forms of dispatch return, in order.
+// What both forms of dispatch return, in order. Scales are there where rows
+// travel as e4m3, and empty unless they are kept so.
 struct DispatchResults {
   Result tokens, group_sizes, row_weights, row_index, recv_count, slot_row,
       sent, dropped;
+  ffi::RemainingRets scales;
 };
+
+float* ScalesOf(const ffi::RemainingRets& rest) {
+  auto scales = rest.get<ffi::AnyBuffer>(0);
+  if (!scales.has_value() || (*scales)->element_count() == 0) return nullptr;
+  return static_cast<float*>((*scales)->untyped_data());
+}
 
 DispatchBuffers BuffersOf(const Buffer& x, const Buffer& ids,
                           const Buffer& weights, DispatchResults& results) {
@@ -117,6 +123,7 @@ DispatchBuffers BuffersOf(const Buffer& x, const Buffer& ids,
           DataOf<int32_t>(ids),
           DataOf<float>(weights),
           DataOf<char>(results.tokens),
+          ScalesOf(results.scales),
           DataOf<int32_t>(results.group_sizes),
           DataOf<float>(results.row_weights),
           DataOf<int32_t>(results.row_index),
@@ -132,13 +139,14 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device,
                     Result group_sizes, Result row_weights, Result row_index,
                     Result recv_count, Result slot_row, Result sent,
                     Result dropped, Result token_out,
-                    ffi::RemainingRets /*scales*/) {
+                    ffi::RemainingRets scales) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
         FindTarget(device, attributes, position, token, token_out));
-    DispatchResults results = {tokens,     group_sizes, row_weights, row_index,
-                               recv_count, slot_row,    sent,        dropped};
+    DispatchResults results = {tokens,    group_sizes, row_weights,
+                               row_index, recv_count,  slot_row,
+                               sent,      dropped,     scales};
     return RunDispatch(target, attributes, x, ids,
                        BuffersOf(x, ids, weights, results), stream);
   };
@@ -169,14 +177,15 @@ ffi::Error DispatchDone(cudaStream_t stream, int32_t device,
                         Buffer token, Result tokens, Result group_sizes,
                         Result row_weights, Result row_index, Result recv_count,
                         Result slot_row, Result sent, Result dropped,
-                        Result token_out, ffi::RemainingRets /*scales*/) {
+                        Result token_out, ffi::RemainingRets scales) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
                         FindTarget(device, attributes, position, token,
                                    token_out, Phase::kDone));
     target.peers.pending = pending.typed_data();
-    DispatchResults results = {tokens,     group_sizes, row_weights, row_index,
-                               recv_count, slot_row,    sent,        dropped};
+    DispatchResults results = {tokens,    group_sizes, row_weights,
+                               row_index, recv_count,  slot_row,
+                               sent,      dropped,     scales};
     return RunDispatch(target, attributes, x, ids,
                        BuffersOf(x, ids, weights, results), stream);
   };
@@ -205,7 +214,7 @@ Status RunCombine(const Target& target, const MoeAttributes& attributes,
                                   DataOf<int32_t>(o.slot_row),
                                   y,
                                   with_scalars ? slot_scalars : nullptr};
-  const int blocks = target.group->BlocksMax(target.peers.rank);
+  const int blocks = target.group->BlocksMax(target.rank);
   return ToStatus(LaunchCombine(target.peers, shape, CombineGrid(shape, blocks),
                                 buffers, stream),
                   "launch");
@@ -277,10 +286,10 @@ ffi::Error Replay(cudaStream_t stream, int32_t device, MoeAttributes attributes,
     const ReplayBuffers buffers = {
         DataOf<char>(x), DataOf<int32_t>(ids), DataOf<int32_t>(recv_count),
         DataOf<int32_t>(slot_row), DataOf<char>(rows)};
-    return ToStatus(LaunchReplay(target.peers, shape,
-                                 target.group->BlocksMax(target.peers.rank),
-                                 buffers, stream),
-                    "launch");
+    return ToStatus(
+        LaunchReplay(target.peers, shape, target.group->BlocksMax(target.rank),
+                     buffers, stream),
+        "launch");
   };
   return ToError(run(), attributes.label);
 }

@@ -30,6 +30,7 @@ struct DispatchBuffers {
   const int32_t* ids;    // [T, K]
   const float* weights;  // [T, K]
   char* tokens;          // [R, D], or [N*T, D] unique rows
+  float* scales;         // [R or N*T, blocks] if shape.keep
   int32_t* group_sizes;  // [L]
   float* row_weights;    // [R]
   int32_t* row_index;    // [R], or null if shape.expand

@@ -14,6 +14,11 @@ struct WaitAttributes : PutAttributes {
   int64_t count;
 };
 
+struct ExchangeAttributes : CallAttributes {
+  // source, destination, source, destination, ... as positions on the axis
+  ffi::Span<const int64_t> pairs;
+};
+
 }  // namespace jaxfabric::cuda
 
 #define JF_CUDA_PUT_ATTRIBUTES                                          \
@@ -25,6 +30,9 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jaxfabric::cuda::PutAttributes,
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::jaxfabric::cuda::WaitAttributes, JF_CUDA_PUT_ATTRIBUTES,
     ::xla::ffi::StructMember<int64_t>("count"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jaxfabric::cuda::ExchangeAttributes, JF_CUDA_CALL_ATTRIBUTES,
+    ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("pairs"));
 
 namespace jaxfabric::cuda {
 namespace {
@@ -32,6 +40,8 @@ namespace {
 // The kernels of puts and waits leave most of the device to the model: 16
 // blocks come within a tenth of the link.
 constexpr int kCopyBlocks = 32;
+// Half of them send; packets take more instructions than copies.
+constexpr int kExchangeBlocks = 64;
 
 StatusOr<WindowPlace> PlaceOf(const Target& target,
                               const PutAttributes& attributes) {
@@ -115,7 +125,7 @@ ffi::Error PutPages(cudaStream_t stream, int32_t device,
                                    to.typed_data(),
                                    static_cast<int32_t>(source.element_count()),
                                    target.typed_data(),
-                                   call.group->PageStamps(call.peers.rank),
+                                   call.group->PageStamps(call.rank),
                                    window};
     return ToStatus(LaunchPutPages(call.peers, put, kCopyBlocks, stream),
                     "launch");
@@ -137,10 +147,45 @@ ffi::Error Wait(cudaStream_t stream, int32_t device, WaitAttributes attributes,
               " bytes; this Fabric's has " + std::to_string(window.bytes));
     }
     const WaitArguments wait = {DataOf<char>(out), window,
-
                                 static_cast<uint64_t>(attributes.count)};
     return ToStatus(LaunchWait(call.peers, wait, kCopyBlocks, stream),
                     "launch");
+  };
+  return ToError(run(), attributes.label);
+}
+
+// The bytes of a message and their bound; int32 counts what they come to.
+Status CheckExchange(int64_t bytes, const Peers& peers) {
+  const auto message = static_cast<uint64_t>(ExchangeMessageBytes(bytes));
+  if (message > INT32_MAX) {
+    return Status(StatusCode::kUnimplemented,
+                  "on GPUs an array of " + std::to_string(bytes) +
+                      " bytes is too large for one exchange; cut it");
+  }
+  return CheckMessageBytes(message, peers);
+}
+
+ffi::Error Exchange(cudaStream_t stream, int32_t device,
+                    ExchangeAttributes attributes, Position position, Buffer x,
+                    Buffer token, Result y, Result token_out) {
+  const auto run = [&]() -> Status {
+    JF_ASSIGN_OR_RETURN(
+        const Target call,
+        FindTarget(device, attributes, position, token, token_out));
+    const auto bytes = static_cast<int64_t>(x.size_bytes());
+    JF_RETURN_IF_ERROR(CheckExchange(bytes, call.peers));
+    ExchangeArguments exchange = {DataOf<char>(x), DataOf<char>(y), bytes, -1,
+                                  -1};
+    const auto pairs = attributes.pairs;
+    for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
+      const auto source = static_cast<int32_t>(pairs[i]);
+      const auto target = static_cast<int32_t>(pairs[i + 1]);
+      if (source == call.peers.rank) exchange.to = target;
+      if (target == call.peers.rank) exchange.from = source;
+    }
+    return ToStatus(
+        LaunchExchange(call.peers, exchange, kExchangeBlocks, stream),
+        "launch");
   };
   return ToError(run(), attributes.label);
 }
@@ -203,6 +248,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxfabricCudaWait, Wait,
     BindCall<WaitAttributes>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>(),
     {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaExchange, Exchange,
+                              BindCall<ExchangeAttributes>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>(),
+                              {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaBeforeCall, BeforeCall,
                               ffi::Ffi::BindInitialize().Attrs());
 #pragma GCC visibility pop

@@ -1,5 +1,5 @@
-// The kernels of barrier, put, put_pages and wait: their arguments and their
-// launch.
+// The kernels of barrier, put, put_pages, wait and exchange: their arguments
+// and their launch.
 
 #ifndef JAXFABRIC_CUDA_PRIMITIVE_KERNELS_H_
 #define JAXFABRIC_CUDA_PRIMITIVE_KERNELS_H_
@@ -55,6 +55,19 @@ struct WaitArguments {
   uint64_t count;
 };
 
+// `x` to rank `to`, and into `y` what rank `from` sends; -1 is nobody, from
+// whom come zeros. Ranks of the call's axes.
+struct ExchangeArguments {
+  const char* x;
+  char* y;
+  int64_t bytes;  // of either
+  int32_t to;
+  int32_t from;
+};
+
+// The room that it takes in a mailbox.
+int64_t ExchangeMessageBytes(int64_t bytes);
+
 cudaError_t LaunchBarrier(const Peers& peers, cudaStream_t stream);
 cudaError_t LaunchPut(const Peers& peers, const PutArguments& put,
                       int blocks_max, cudaStream_t stream);
@@ -63,8 +76,13 @@ cudaError_t LaunchPutPages(const Peers& peers, const PutPagesArguments& put,
 cudaError_t LaunchWait(const Peers& peers, const WaitArguments& wait,
                        int blocks_max, cudaStream_t stream);
 
-// Loads the kernels on the current device: see moe_kernels.h.
+cudaError_t LaunchExchange(const Peers& peers,
+                           const ExchangeArguments& exchange, int blocks_max,
+                           cudaStream_t stream);
+
+// Load the kernels on the current device: see moe_kernels.h.
 cudaError_t PreloadPrimitiveKernels();
+cudaError_t PreloadExchangeKernel();
 
 }  // namespace jaxfabric::cuda
 

@@ -18,24 +18,28 @@ constexpr int kThreads = 512;
 // One block moves this much before a second is worth its part of the notice.
 constexpr int64_t kBytesPerBlock = int64_t{32} << 10;
 
-__global__ void __launch_bounds__(kRanksMax)
+// The first warp has the flags. What is done for the program besides is the
+// second's, so that no flag waits for it.
+constexpr int kBarrierThreads = 2 * kLanes;
+static_assert(kRanksMax <= kLanes);
+
+__global__ void __launch_bounds__(kBarrierThreads)
     BarrierKernel(const __grid_constant__ Peers peers) {
   const int peer = threadIdx.x;
-  if (HasFailed(peers)) return;
-  const uint64_t epoch = peers.state->barrier_epoch + 1;
-  __syncthreads();  // all have read it
+  const bool failed = HasFailed(peers);
+  const uint64_t epoch = peers.sequence->barrier_epoch + 1;
+  if (__syncthreads_or(failed)) return;  // all have read both
   const bool is_peer = peer < peers.ranks && peer != peers.rank;
   if (is_peer) {
-    StoreReleaseSystem(FlagLine(peers.heap[peer], kBarrierFlags, peers.rank),
-                       epoch);
+    StoreReleaseSystem(FlagLine(peers, kBarrierFlags, peer, peers.rank), epoch);
   }
-  if (peer == 0) {  // while the flags are on their way
-    peers.state->barrier_epoch = epoch;
+  if (peer == kLanes) {
+    peers.sequence->barrier_epoch = epoch;
     EnterProgramCall(peers, Operation::kBarrier, epoch);
   }
   if (!is_peer) return;
   WaitForFlag(peers, Operation::kBarrier, peer,
-              FlagLine(peers.heap[peers.rank], kBarrierFlags, peer), epoch,
+              FlagLine(peers, kBarrierFlags, peers.rank, peer), epoch,
               /*acquire=*/true);
 }
 
@@ -81,8 +85,17 @@ __device__ void CopyBytes(char* to, const char* from, int64_t bytes,
       StoreStreaming(to + (i + b * threads) * 16, batch[b]);
     }
   }
-  for (; i < vectors; i += threads) {
-    StoreStreaming(to + i * 16, Load(from + i * 16));
+  uint4 rest[kBatch - 1];
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b) {
+    if (i + b * threads < vectors)
+      rest[b] = Load(from + (i + b * threads) * 16);
+  }
+#pragma unroll
+  for (int b = 0; b < kBatch - 1; ++b) {
+    if (i + b * threads < vectors) {
+      StoreStreaming(to + (i + b * threads) * 16, rest[b]);
+    }
   }
   for (int64_t b = vectors * 16 + thread; b < bytes; b += threads) {
     to[b] = from[b];
@@ -104,16 +117,20 @@ __device__ bool LastOfGrid(uint32_t* blocks_done) {
 __global__ void __launch_bounds__(kThreads)
     PutKernel(const __grid_constant__ Peers peers,
               const __grid_constant__ PutArguments put) {
-  if (HasFailed(peers)) return;
+  const bool failed = HasFailed(peers);
   const int slice = blockIdx.y;
   const auto operation =
       put.target == nullptr ? Operation::kScatter : Operation::kPut;
-  if (slice == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    EnterProgramCall(peers, operation, 0);
-  }
+  // Not by the first warp, which has the notice to send, and last.
+  const auto enter = [&] {
+    if (slice == 0 && blockIdx.x == 0 && threadIdx.x == kLanes) {
+      EnterProgramCall(peers, operation, 0);
+    }
+  };
   const int target = put.target == nullptr ? slice : *put.target;
   const int64_t offset = put.offset[slice] * put.element_bytes;
-  if (target < 0 || offset < 0) return;
+  if (failed) return;
+  if (target < 0 || offset < 0) return enter();
   if (target >= peers.ranks ||
       offset + put.bytes > static_cast<int64_t>(put.window.bytes)) {
     Fail(peers, ErrorCode::kBadTarget, operation, target, put.offset[slice], 0,
@@ -125,6 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   if (LastOfGrid(&peers.state->put_blocks[slice])) {
     AddReleaseSystem(Counter(peers.heap[target], put.window.counter), 1);
   }
+  enter();
 }
 
 // What a warp copies of a page at a time.
@@ -231,7 +249,7 @@ int BlocksFor(int64_t bytes, int blocks_max) {
 }  // namespace
 
 cudaError_t LaunchBarrier(const Peers& peers, cudaStream_t stream) {
-  BarrierKernel<<<1, kRanksMax, 0, stream>>>(peers);
+  BarrierKernel<<<1, kBarrierThreads, 0, stream>>>(peers);
   return cudaGetLastError();
 }
 

@@ -70,6 +70,7 @@ using Pending = ffi::BufferR1<ffi::U32>;
 // closing it waits for the device.
 struct Target {
   std::shared_ptr<Group> group;
+  int rank;  // in the mesh; peers.rank counts along the call's axes
   Peers peers;
 };
 
@@ -87,24 +88,29 @@ inline StatusOr<Target> FindTarget(int32_t device,
                   "device " + std::to_string(device) +
                       " is not in the mesh of the Fabric");
   }
-  const size_t axes = attributes.axes.size();
-  bool whole = axes == static_cast<size_t>(published.mesh_axes);
-  for (size_t i = 0; i < axes; ++i) {
-    whole &= attributes.axes[i] == static_cast<int64_t>(i);
-  }
-  if (!whole) {
-    return Status(StatusCode::kUnimplemented,
-                  "on GPUs a call spans all axes of the Fabric's mesh, in "
-                  "their order; open the Fabric over a mesh of these axes");
-  }
   const double timeout_s =
       attributes.timeout_s > 0 ? attributes.timeout_s : published.timeout_s;
   published.group->CountCall();
-  Target target = {published.group,
-                   published.group->PeersOf(rank, timeout_s, phase)};
+  JF_ASSIGN_OR_RETURN(
+      const Peers peers,
+      published.group->PeersOf(rank,
+                               {attributes.axes.begin(), attributes.axes.end()},
+                               timeout_s, phase));
+  Target target = {published.group, rank, peers};
   target.peers.call = {position.typed_data(), DataOf<float>(token),
                        DataOf<float>(token_out)};
   return target;
+}
+
+// Whether the largest message of a call fits.
+inline Status CheckMessageBytes(uint64_t bytes, const Peers& peers) {
+  if (bytes <= peers.mailbox_bytes) return OkStatus();
+  return Status(
+      StatusCode::kResourceExhausted,
+      "a message of " + std::to_string(bytes) +
+          " bytes does not fit a mailbox of " +
+          std::to_string(peers.mailbox_bytes) +
+          "; open the Fabric with mailbox_bytes=" + std::to_string(bytes));
 }
 
 // Binds (stream, device, attributes, position, ...).

@@ -72,7 +72,7 @@ __device__ inline bool ReceiveRoutes(const Peers& peers, const MoeShape& shape,
     LaneWords words[kBatch];
     const int count = min(kBatch, packets - p);
     if (!ReceiveParts(wire + p * kPacketWire, count, lane, part, epoch, wait,
-                      words)) {
+                      Waiting::kEager, words)) {
       return false;
     }
 #pragma unroll

@@ -81,9 +81,12 @@ __device__ bool ReceiveSegment(const MoeShape& shape, const char* wire,
                                int segment, int lane, LanePart part,
                                uint64_t epoch, BoundedWait& wait,
                                Segment<kPackets>& out) {
+  // Of many rows a warp has many packets.
+  constexpr Waiting kWaiting =
+      kPackets >= 5 ? Waiting::kPatient : Waiting::kEager;
   const int packets = min(kPackets, shape.row_packets - segment * kPackets);
   return ReceiveParts(wire + segment * kPackets * kPacketWire, packets, lane,
-                      part, epoch, wait, out.words);
+                      part, epoch, wait, kWaiting, out.words);
 }
 
 // The work on rows, in items of one or more segments of a row.
@@ -98,13 +101,17 @@ struct RowItems {
         items((segments_of_row + segments_per_item - 1) / segments_per_item) {}
 };
 
-// Ranks that own an expert of the token with these ids, as bits.
+// Ranks that own an expert of a token, as bits; each lane has one of its ids,
+// or -1.
+__device__ inline uint32_t DestinationsOf(const MoeShape& shape, int id) {
+  const bool valid = id >= 0 && id < shape.experts * shape.ranks;
+  return __reduce_or_sync(kAllLanes, valid ? 1u << (id / shape.experts) : 0u);
+}
+
 __device__ inline uint32_t Destinations(const MoeShape& shape,
                                         const int32_t* ids) {
   const int lane = threadIdx.x % kLanes;
-  const int id = lane < shape.k ? ids[lane] : -1;
-  const bool valid = id >= 0 && id < shape.experts * shape.ranks;
-  return __reduce_or_sync(kAllLanes, valid ? 1u << (id / shape.experts) : 0u);
+  return DestinationsOf(shape, lane < shape.k ? ids[lane] : -1);
 }
 
 }  // namespace jaxfabric::cuda

@@ -27,6 +27,7 @@ TRANSPORT = "nvlink"
 # FFI targets that exist on GPUs, by the name that programs use on every platform.
 TARGETS = {
     "jaxfabric_barrier": "JaxfabricCudaBarrier",
+    "jaxfabric_exchange": "JaxfabricCudaExchange",
     "jaxfabric_put": "JaxfabricCudaPut",
     "jaxfabric_put_pages": "JaxfabricCudaPutPages",
     "jaxfabric_scatter": "JaxfabricCudaScatter",
@@ -55,8 +56,8 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise TransportUnavailableError(
             f"jf.Fabric: a mesh of GPUs needs {_LIBRARY}, which this package was built "
-            "without; where nvcc is, `pip install . "
-            "-C cmake.define.JAXFABRIC_BUILD_CUDA=ON` builds it; or use "
+            "without: `pip install .` builds it where nvcc is in PATH "
+            "(JAXFABRIC_BUILD_CUDA=ON insists on it); or use "
             "implementation='reference', which needs no Fabric"
         )
     loaded = ctypes.CDLL(str(path))
@@ -87,7 +88,7 @@ class CudaGroup:
     """The GPUs of a Fabric, in the place of its native side.
 
     Args:
-      ranks: of the whole mesh.
+      mesh_shape: sizes of the mesh's axes; ranks count through it in row-major order.
       local: (CUDA ordinal, rank) of this process's devices.
       sizes: ``mailbox_bytes`` and ``window_bytes``, for each rank.
       rendezvous: of the mesh's processes.
@@ -96,7 +97,7 @@ class CudaGroup:
 
     def __init__(
         self,
-        ranks: int,
+        mesh_shape: Sequence[int],
         local: Sequence[tuple[int, int]],
         sizes: tuple[int, int],
         rendezvous: Rendezvous,
@@ -108,7 +109,8 @@ class CudaGroup:
         mailbox_bytes, window_bytes = sizes
         _check(
             self._library.jaxfabric_cuda_create(
-                ranks,
+                (ctypes.c_int64 * len(mesh_shape))(*mesh_shape),
+                len(mesh_shape),
                 ctypes.c_uint64(window_bytes),
                 ctypes.c_uint64(mailbox_bytes),
                 ctypes.byref(self._handle),
@@ -120,11 +122,11 @@ class CudaGroup:
         _check(self._library.jaxfabric_cuda_open(self._handle))
         rendezvous.all_gather(b"mapped")  # nobody writes to a heap before
 
-    def publish(self, key: int, timeout_s: float, mesh_axes: int) -> None:
+    def publish(self, key: int, timeout_s: float) -> None:
         """Lets programs find the group."""
         _check(
             self._library.jaxfabric_cuda_publish(
-                self._handle, ctypes.c_int64(key), ctypes.c_double(timeout_s), mesh_axes
+                self._handle, ctypes.c_int64(key), ctypes.c_double(timeout_s)
             )
         )
 
@@ -248,26 +250,41 @@ def _refuse_strangers(link: socket.socket) -> None:
         )
 
 
+def require_one_host(hosts: Sequence[str]) -> list[str]:
+    """The NICs of a mesh of GPUs: none.
+
+    Raises:
+      TransportUnavailableError: the GPUs are of several hosts.
+    """
+    if (count := len(set(hosts))) > 1:
+        raise TransportUnavailableError(
+            f"jf.Fabric: the mesh has GPUs of {count} hosts or network namespaces, but "
+            "a Fabric over GPUs is within the NVLink of one; use "
+            "implementation='ragged' or 'reference' there"
+        )
+    return []
+
+
 def open_group(
-    devices: Sequence[jax.Device],
+    mesh: jax.sharding.Mesh,
     sizes: tuple[int, int],
     rendezvous: Rendezvous,
     *,
     key: int,
     timeout_s: float,
-    mesh_axes: int,
 ) -> Any:
-    """Opens and publishes the group of a mesh's devices, in the order of ranks."""
+    """Opens and publishes the group of a mesh's devices."""
     me = jax.process_index()
+    devices = list(mesh.devices.flat)
     local = [
         (device.local_hardware_id, rank)
         for rank, device in enumerate(devices)
         if device.process_index == me
     ]
     owners = [device.process_index for device in devices]
-    group = CudaGroup(len(devices), local, sizes, rendezvous, owners)
+    group = CudaGroup(mesh.devices.shape, local, sizes, rendezvous, owners)
     try:
-        group.publish(key, timeout_s, mesh_axes)
+        group.publish(key, timeout_s)
     except BaseException:
         group.close()
         raise

@@ -149,12 +149,11 @@ class Fabric:
         secret = self._agree(sizes, chaos)
         if self.transport == _cuda.TRANSPORT:
             self._native = _cuda.open_group(
-                self._devices,
+                self.mesh,
                 sizes,
                 self._rendezvous,
                 key=self.key,
                 timeout_s=self.timeout_s,
-                mesh_axes=len(self.mesh.axis_names),
             )
             return
         me = jax.process_index()
@@ -221,6 +220,8 @@ class Fabric:
 
     def _choose_nics(self, answers: Sequence[Mapping[str, Any]]) -> list[str]:
         hosts = [answer["host"] for answer in answers]
+        if self.transport == _cuda.TRANSPORT:
+            return _cuda.require_one_host(hosts)
         places = [answer["place"] for answer in answers]
         me = self._processes.index(jax.process_index())
         chosen = choose_interfaces(self.transport, hosts)

@@ -1,4 +1,7 @@
-"""Programs for tests/test_cuda.py: python cuda_cases.py CASES PROCESSES RANK."""
+"""Programs for tests/test_cuda.py.
+
+python cuda_cases.py CASES DEVICES PROCESSES RANK. They also run on devices of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -17,15 +21,18 @@ import jaxfabric as jf
 
 PORT = 29471
 AXIS = "expert"
+EXPERTS_PER_RANK = 8
 
 
-def open_mesh(processes: int, rank: int) -> jax.sharding.Mesh:
-    """A mesh of two GPUs, in one process or two."""
+def open_mesh(devices: int, processes: int, rank: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many in each process."""
     if processes > 1:
+        each = devices // processes
+        mine = range(rank * each, (rank + 1) * each)
         jax.distributed.initialize(
-            f"127.0.0.1:{PORT}", processes, rank, local_device_ids=[rank]
+            f"127.0.0.1:{PORT}", processes, rank, local_device_ids=list(mine)
         )
-    return jax.sharding.Mesh(np.array(jax.devices()[:2]), (AXIS,))
+    return jax.sharding.Mesh(np.array(jax.devices()[:devices]), (AXIS,))
 
 
 def sharded(mesh: jax.sharding.Mesh, array: np.ndarray) -> jax.Array:
@@ -34,16 +41,24 @@ def sharded(mesh: jax.sharding.Mesh, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
 
 
-def operands(
-    mesh: jax.sharding.Mesh, tokens: int, hidden: int, k: int, experts: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Random x, ids and weights of both ranks."""
-    random = np.random.default_rng(tokens + hidden)
-    x = random.standard_normal((2 * tokens, hidden), np.float32)
-    ids = np.argsort(random.random((2 * tokens, experts)), axis=1)[:, :k]
+def routed_tokens(
+    total: int, hidden: int, k: int, experts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random x, ids and weights of all ranks' tokens."""
+    random = np.random.default_rng(total + hidden)
+    x = random.standard_normal((total, hidden), np.float32)
+    ids = np.argsort(random.random((total, experts)), axis=1)[:, :k]
     ids = np.where(random.random(ids.shape) < 0.1, -1, ids).astype(np.int32)
-    weights = random.random(ids.shape, np.float32)
-    return sharded(mesh, x), sharded(mesh, ids), sharded(mesh, weights)
+    return x, ids, random.random(ids.shape, np.float32)
+
+
+def operands(
+    mesh: jax.sharding.Mesh, tokens: int, hidden: int, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, sharded: so many tokens for each rank."""
+    made = routed_tokens(mesh.size * tokens, hidden, k, EXPERTS_PER_RANK * mesh.size)
+    x, ids, weights = (sharded(mesh, array) for array in made)
+    return x, ids, weights
 
 
 def same(got: Any, want: Any, what: str) -> None:
@@ -54,14 +69,14 @@ def same(got: Any, want: Any, what: str) -> None:
         )
 
 
-def layer(x, ids, weights, *, implementation, dtype, experts, **options):
+def layer(x, ids, weights, *, implementation, dtype, **options):
     """Dispatch, something per row, combine; all that dispatch tells."""
     d = jf.moe.dispatch(
         x.astype(dtype),
         ids,
         weights,
         axis_name=AXIS,
-        num_experts=experts,
+        num_experts=EXPERTS_PER_RANK * jax.lax.axis_size(AXIS),
         implementation=implementation,
         **options,
     )
@@ -70,6 +85,8 @@ def layer(x, ids, weights, *, implementation, dtype, experts, **options):
         index = jnp.where(d.row_index < 0, 0, d.row_index)
         rows = jnp.where((d.row_index < 0)[:, None], 0, rows[index])
     y = jf.moe.combine(rows * 2, d.plan)
+    if d.row_index is not None:
+        y += jf.moe.combine(d.tokens * 3, d.plan, expand=False, weighted=False)
     return (
         y,
         d.tokens,
@@ -92,11 +109,11 @@ def moe(mesh: jax.sharding.Mesh) -> None:
         (1, 8, jnp.float32, {}),
     ]
     for tokens, hidden, dtype, options in cases:
-        args = operands(mesh, tokens, hidden, 4, 16)
+        args = operands(mesh, tokens, hidden, 4)
         results = []
         for implementation in ("fabric", "reference"):
             run = functools.partial(
-                layer, implementation=implementation, dtype=dtype, experts=16, **options
+                layer, implementation=implementation, dtype=dtype, **options
             )
             mapped = jax.shard_map(run, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
             results.append(jax.jit(mapped)(*args))
@@ -112,7 +129,7 @@ def on_ranks(mesh: jax.sharding.Mesh, step: Any, **options: Any) -> Any:
 
 def chain(mesh: jax.sharding.Mesh) -> None:
     """1,000 steps with psum and matrix products between: the reference's bits."""
-    x, ids, weights = operands(mesh, 96, 256, 4, 16)
+    x, ids, weights = operands(mesh, 96, 256, 4)
     eye = functools.partial(
         jnp.matmul, b=jnp.eye(256), precision=jax.lax.Precision.HIGHEST
     )
@@ -125,12 +142,12 @@ def chain(mesh: jax.sharding.Mesh) -> None:
                 weights,
                 implementation=implementation,
                 dtype=jnp.float32,
-                experts=16,
             )[0]
             # What follows is compiled alike in both programs, and exact: a sum of
-            # two numbers, products with one and zero.
+            # integers, products with one and zero.
             y = jax.lax.optimization_barrier(y)
-            mean = jax.lax.psum(y[0, 0], AXIS) / 2
+            total = jax.lax.psum((y[0, 0] * 1024).astype(jnp.int32), AXIS)
+            mean = total.astype(jnp.float32) / 1024
             x = jax.lax.optimization_barrier(jnp.tanh(eye(y) - mean * 1e-3))
         return x
 
@@ -148,54 +165,185 @@ def chain(mesh: jax.sharding.Mesh) -> None:
 def primitives(mesh: jax.sharding.Mesh) -> None:
     """put, scatter, put_pages and wait, traced targets and offsets, twice."""
     fabric = jf.Fabric(mesh, name="primitives", timeout_s=20, mailbox_bytes=1 << 20)
+    n = mesh.size
     with fabric:
         row = fabric.window((2, 100), jnp.bfloat16)
-        both = fabric.window((2, 7), jnp.int32)
+        all_to_all = fabric.window((n, 7), jnp.int32)
         pages = fabric.window((8, 5, 3), jnp.float32)
 
         def step(x, slices, kv, src, to):
             me = jax.lax.axis_index(AXIS)
-            token = jf.put(row, x, 1 - me, axis_name=AXIS, offset=100 * me)
-            token = jf.put(row, x, me, axis_name=AXIS, offset=100 * me, token=token)
+            right = (me + 1) % n
+            token = jf.put(row, x, right, axis_name=AXIS)
+            token = jf.put(row, x, me, axis_name=AXIS, offset=100 + 0 * me, token=token)
             token = jf.put(row, x, -1, axis_name=AXIS, token=token)  # nowhere
             got_row, token = jf.wait(row, count=2, axis_name=AXIS, token=token)
-            at = jnp.full(2, 7 * me)
-            token = jf.scatter(both, slices, at, axis_name=AXIS, id=3, token=token)
-            got_both, token = jf.wait(both, count=2, id=3, axis_name=AXIS, token=token)
+            at = jnp.full(n, 7 * me)
+            token = jf.scatter(
+                all_to_all, slices, at, axis_name=AXIS, id=3, token=token
+            )
+            got_all, token = jf.wait(
+                all_to_all, count=n, id=3, axis_name=AXIS, token=token
+            )
             token = jf.put_pages(
-                pages, kv, src, to, 1 - me, axis_name=AXIS, id=255, token=token
+                pages, kv, src, to, right, axis_name=AXIS, id=255, token=token
             )
             got_pages, token = jf.wait(pages, id=255, axis_name=AXIS, token=token)
             token = jf.barrier(AXIS, token=token)
-            return got_row, got_both, got_pages, token
+            return got_row, got_all, got_pages, token
 
         random = np.random.default_rng(5)
         run = on_ranks(mesh, step)
-        want_pages = np.zeros((2, 8, 5, 3), np.float32)
+        want_pages = np.zeros((n, 8, 5, 3), np.float32)
         for _ in range(3):
-            x = random.standard_normal((2, 100)).astype(jnp.bfloat16)
-            slices = random.integers(0, 99, (2, 2, 7), np.int32)
-            kv = random.standard_normal((2, 6, 5, 3), np.float32)
-            src = random.integers(-1, 6, (2, 4)).astype(np.int32)
-            to = np.stack([random.permutation(8)[:4] for _ in range(2)])
-            for rank in range(2):
+            x = random.standard_normal((n, 100)).astype(jnp.bfloat16)
+            slices = random.integers(0, 99, (n, n, 7), np.int32)
+            kv = random.standard_normal((n, 6, 5, 3), np.float32)
+            src = random.integers(-1, 6, (n, 4)).astype(np.int32)
+            to = np.stack([random.permutation(8)[:4] for _ in range(n)])
+            for rank in range(n):
                 for a, b in zip(src[rank], to[rank], strict=True):
                     if a >= 0:
-                        want_pages[1 - rank, b] = kv[rank, a]
+                        want_pages[(rank + 1) % n, b] = kv[rank, a]
             got = run(
                 sharded(mesh, x.reshape(-1)),
-                sharded(mesh, slices.reshape(4, 7)),
-                sharded(mesh, kv.reshape(12, 5, 3)),
+                sharded(mesh, slices.reshape(n * n, 7)),
+                sharded(mesh, kv.reshape(n * 6, 5, 3)),
                 sharded(mesh, src.reshape(-1)),
                 sharded(mesh, to.astype(np.int32).reshape(-1)),
             )
             wants = (
-                np.concatenate([x, x]),
-                slices.transpose(1, 0, 2).reshape(4, 7),
-                want_pages.reshape(16, 5, 3),
+                np.stack([np.roll(x, 1, 0), x], 1).reshape(2 * n, 100),
+                slices.transpose(1, 0, 2).reshape(n * n, 7),
+                want_pages.reshape(n * 8, 5, 3),
             )
             for number, want in enumerate(wants):
                 same(got[number], sharded(mesh, want), f"result {number}")
+
+
+def permuted(x: np.ndarray, perm: list[tuple[int, int]]) -> np.ndarray:
+    """What an exchange of x[rank] makes."""
+    out = np.zeros_like(x)
+    for source, target in perm:
+        out[target] = x[source]
+    return out
+
+
+def exchange(mesh: jax.sharding.Mesh) -> None:
+    """Rings, swaps, some ranks and none; its gradient; a batch."""
+    n = mesh.size
+    perms = [
+        [(i, (i + 1) % n) for i in range(n)],
+        [(0, n - 1), (n - 1, 0)],
+        [(i, i) for i in range(0, n, 2)],
+        [(n - 1, 0)],
+        [],
+    ]
+    random = np.random.default_rng(3)
+    kinds: list[tuple[int, Any]] = [(1, np.int8), (1001, jnp.bfloat16), (70000, "f4")]
+    for size, dtype in kinds:
+        x = random.integers(-9, 9, (n, size)).astype(dtype)
+
+        def step(x):
+            results, token = [], jf.token()
+            for perm in perms:
+                y, token = jf.exchange(x, perm, axis_name=AXIS, token=token)
+                results.append(y)
+            return results
+
+        run = on_ranks(mesh, step)
+        for _ in range(4):
+            got = run(sharded(mesh, x.reshape(-1)))
+            for perm, y in zip(perms, got, strict=True):
+                want = permuted(x, perm).reshape(-1)
+                same(y, sharded(mesh, want), f"{size} {dtype} {perm}")
+
+    def gradient(x, w):
+        def loss(x):
+            rows, token = jf.exchange(x, perms[0], axis_name=AXIS)
+            back = jax.vmap(
+                lambda row: jf.exchange(row, perms[3], axis_name=AXIS, token=token)[0]
+            )
+            return (rows * w).sum() + (back(x) * w).sum()
+
+        return jax.grad(loss)(x)
+
+    x, w = random.standard_normal((2, n, 3, 50)).astype(np.float32)
+    want = permuted(w, [(d, s) for s, d in perms[0]])
+    want += permuted(w, [(d, s) for s, d in perms[3]])
+    got = on_ranks(mesh, gradient)(*(sharded(mesh, a.reshape(-1, 50)) for a in (x, w)))
+    same(got, sharded(mesh, want.reshape(-1, 50)), "gradient")
+
+
+def axes(mesh: jax.sharding.Mesh) -> None:
+    """Calls over some axes of a mesh, in turns with calls over others.
+
+    Dispatch and combine among the ranks of "expert", exchanges over "data" and over
+    both in either order, a put along "data".
+    """
+    n = mesh.size
+    shape = (2, n // 2) if n % 2 == 0 else (1, n)
+    names = ("data", AXIS)
+    grid = jax.sharding.Mesh(mesh.devices.reshape(shape), names)
+    experts = EXPERTS_PER_RANK * shape[1]
+    sharding = jax.sharding.NamedSharding(grid, P(names))
+    ring = [(i, (i + 1) % n) for i in range(n)]
+    # jax.lax.ppermute counts ranks in the order of the mesh, whatever it is given.
+    at = np.arange(n).reshape(shape).T.reshape(-1)
+    in_mesh_order = (names, [(int(at[a]), int(at[b])) for a, b in ring])
+    swap = (("data",), [(i, shape[0] - 1 - i) for i in range(shape[0])])
+    overs = {"fabric": ((AXIS, "data"), ring), "reference": in_mesh_order}
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+    fabric = jf.Fabric(grid, timeout_s=20, mailbox_bytes=8 << 20, window_bytes=1 << 20)
+    with fabric:
+        win = fabric.window((64,), jnp.float32)
+
+        def step(x, ids, weights, *, implementation):
+            def exchanged(x, over, token):
+                if implementation == "fabric":
+                    return jf.exchange(x, over[1], axis_name=over[0], token=token)
+                return jax.lax.ppermute(x, over[0], over[1]), token
+
+            token, results = jf.token(), []
+            for _ in range(3):
+                d = jf.moe.dispatch(
+                    x,
+                    ids,
+                    weights,
+                    axis_name=AXIS,
+                    num_experts=experts,
+                    token=token,
+                    implementation=implementation,
+                )
+                y, token = exchanged(d.tokens, swap, d.token)
+                y, token = exchanged(y, overs[implementation], token)
+                x, token = jf.moe.combine(y, d.plan, token=token)
+                if implementation == "fabric":
+                    other = shape[0] - 1 - jax.lax.axis_index("data")
+                    token = jf.barrier("data", token=token)
+                    token = jf.put(win, x[0, :64], other, axis_name="data", token=token)
+                    row, token = jf.wait(win, axis_name="data", token=token)
+                    token = jf.barrier(names, token=token)
+                else:
+                    row = jax.lax.ppermute(x[0, :64], *swap)
+                results += [x, row]
+            return results
+
+        arrays = [place(a) for a in routed_tokens(24 * n, 64, 4, experts)]
+        results = []
+        for implementation in ("fabric", "reference"):
+            run = functools.partial(step, implementation=implementation)
+            spec = P(names)
+            mapped = jax.shard_map(run, mesh=grid, in_specs=spec, out_specs=spec)
+            jitted = jax.jit(mapped)
+            for _ in range(4):
+                out = jitted(*arrays)
+            results.append(out)
+        for number, (got, want) in enumerate(zip(*results, strict=True)):
+            same(got, want, f"result {number}")
 
 
 def loss(x, ids, weights, *, implementation, halves, **options):
@@ -216,7 +364,7 @@ def loss(x, ids, weights, *, implementation, halves, **options):
         ids,
         weights,
         axis_name=AXIS,
-        num_experts=16,
+        num_experts=EXPERTS_PER_RANK * jax.lax.axis_size(AXIS),
         implementation=implementation,
         **options,
     )
@@ -230,7 +378,7 @@ def loss(x, ids, weights, *, implementation, halves, **options):
 
 def gradients(mesh: jax.sharding.Mesh) -> None:
     """jax.grad of x and weights, whole calls and halves; and of the gradient."""
-    x, ids, weights = operands(mesh, 40, 64, 4, 16)
+    x, ids, weights = operands(mesh, 40, 64, 4)
     options: list[dict[str, Any]] = [
         {},
         {"expand": False},
@@ -273,7 +421,7 @@ def halves(mesh: jax.sharding.Mesh) -> None:
     """Two dispatches and two combines in flight, many times: the reference's bits."""
     cases = [(64, 256, {}), (700, 512, {"expert_alignment": 4})]
     for tokens, hidden, options in cases:
-        args = operands(mesh, tokens, hidden, 4, 16)
+        args = operands(mesh, tokens, hidden, 4)
 
         def step(x, ids, weights, *, implementation, options=options):
             def start(x):
@@ -282,7 +430,7 @@ def halves(mesh: jax.sharding.Mesh) -> None:
                     ids,
                     weights,
                     axis_name=AXIS,
-                    num_experts=16,
+                    num_experts=EXPERTS_PER_RANK * mesh.size,
                     implementation=implementation,
                     **options,
                 )
@@ -305,99 +453,6 @@ def halves(mesh: jax.sharding.Mesh) -> None:
             same(got, want, f"{tokens}x{hidden} result {number}")
 
 
-def raises_soon(call: Any) -> str:
-    """The text of the error that a call raises, within seconds."""
-    began = time.monotonic()
-    try:
-        jax.block_until_ready(call())
-    except jax.errors.JaxRuntimeError as error:
-        assert time.monotonic() - began < 10
-        return str(error)
-    raise AssertionError("nothing was raised")
-
-
-def replayed(mesh: jax.sharding.Mesh) -> None:
-    """A rank that stops sending in a replayed program: the next call raises."""
-    fabric = jf.Fabric(mesh, name="replayed", timeout_s=1, mailbox_bytes=1 << 20)
-    with fabric:
-        win = fabric.window((128,), jnp.float32)
-
-        def step(x, count):
-            me = jax.lax.axis_index(AXIS)
-            silent = (count[0] == 6) & (me == 1)
-            dst = jnp.where(silent, -1, 1 - me)
-            token = jf.put(win, x, dst, axis_name=AXIS)
-            y, token = jf.wait(win, axis_name=AXIS, token=token)
-            token = jf.barrier(AXIS, token=token)
-            return y + token[0], count + 1
-
-        run = on_ranks(mesh, step, donate_argnums=(0, 1))
-        x = sharded(mesh, np.arange(256, dtype=np.float32)) + 0
-        count = sharded(mesh, np.zeros(2, np.int32)) + 0
-        asked = []
-        for _ in range(7):  # the last of them is the one in vain
-            x, count = jax.block_until_ready(run(x, count))
-            asked.append(fabric.require_open().calls())
-        assert asked[4] == asked[5] == asked[6], f"not replayed: {asked}"
-        failed = raises_soon(lambda: run(x, count))
-        # Which of the two waits is named depends on whose process this is.
-        late = "of which 0 have come", "the message of rank 0 did not come"
-        assert any(text in failed for text in late), failed
-        assert "within 1.0 s" in failed, failed
-        assert fabric.failure() is not None
-
-
-def lost_peer(mesh: jax.sharding.Mesh) -> None:
-    """A process that ends while the other replays: that one's next call raises."""
-    fabric = jf.Fabric(mesh, name="lost", timeout_s=1, mailbox_bytes=1 << 20)
-    with fabric:
-        run = on_ranks(
-            mesh,
-            lambda token: jf.barrier(AXIS, token=jf.barrier(AXIS, token=token)),
-            donate_argnums=0,
-        )
-        token = sharded(mesh, np.zeros(2, np.float32)) + 0
-        for _ in range(6):
-            token = jax.block_until_ready(run(token))
-        if jax.process_index() == 1:
-            print("passed lost_peer", flush=True)
-            os._exit(0)
-        before = fabric.require_open().calls()
-        token = jax.block_until_ready(run(token))
-        assert fabric.require_open().calls() == before, "not replayed"
-        failed = raises_soon(lambda: run(token))
-        assert "barrier on rank 0: the message of rank 1 did not come" in failed
-        print("passed lost_peer", flush=True)
-        os._exit(0)  # JAX would wait for the other process
-
-
-def untold(mesh: jax.sharding.Mesh) -> None:
-    """A failure that no later call could tell is raised by the end of the block."""
-    x, ids, weights = operands(mesh, 32, 64, 4, 16)
-    run = functools.partial(
-        layer, implementation="fabric", dtype=jnp.float32, experts=16
-    )
-    failed = ""
-    try:
-        with jf.Fabric(mesh, timeout_s=2, mailbox_bytes=1 << 20, name="untold"):
-            jax.block_until_ready(on_ranks(mesh, run)(x, ids + 100, weights))
-    except jf.FabricError as error:
-        failed = str(error)
-    assert "names no expert" in failed, failed
-
-
-def bad_expert(mesh: jax.sharding.Mesh) -> None:
-    """An expert that is not there: the next call raises, and names the entry."""
-    x, ids, weights = operands(mesh, 32, 64, 4, 16)
-    run = functools.partial(
-        layer, implementation="fabric", dtype=jnp.float32, experts=16
-    )
-    jitted = on_ranks(mesh, run)
-    jax.block_until_ready(jitted(x, ids + 100, weights))
-    failed = raises_soon(lambda: jitted(x, ids, weights))
-    assert "names no expert" in failed, failed
-
-
 def wire(mesh: jax.sharding.Mesh) -> None:
     """e4m3 with block scales: the bits of the oracle of test_moe_wire.py."""
     import test_moe_wire
@@ -409,34 +464,49 @@ def wire(mesh: jax.sharding.Mesh) -> None:
 CASES = {
     "moe": moe,
     "chain": chain,
-    "bad_expert": bad_expert,
+    "exchange": exchange,
     "gradients": gradients,
     "halves": halves,
 }
 # These open Fabrics of their own.
 ALONE = {
     "primitives": primitives,
-    "replayed": replayed,
-    "lost_peer": lost_peer,
-    "untold": untold,
+    "axes": axes,
     "wire": wire,
 }
 
 
-def main() -> None:
-    """Runs the cases that the command line names: CASES PROCESSES RANK."""
-    cases, processes, rank = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3])
-    mesh = open_mesh(processes, rank)
-    for case in cases:
+def run(cases: dict[str, Any], mesh: jax.sharding.Mesh, alone: bool) -> None:
+    """Runs those of the cases that the command line names.
+
+    A case that fails ends the process at once: JAX would wait for the other processes.
+    """
+    for case in sys.argv[1].split(","):
+        if case not in cases:
+            continue
         began = time.monotonic()
-        if case in ALONE:
-            ALONE[case](mesh)
-        else:
-            with jf.Fabric(
-                mesh, timeout_s=20, mailbox_bytes=64 << 20, window_bytes=1 << 20
-            ):
-                CASES[case](mesh)
+        try:
+            if alone:
+                cases[case](mesh)
+            else:
+                with jf.Fabric(
+                    mesh, timeout_s=20, mailbox_bytes=64 << 20, window_bytes=1 << 20
+                ):
+                    cases[case](mesh)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         print(f"passed {case} in {time.monotonic() - began:.1f} s", flush=True)
 
 
-main()
+def command_line() -> jax.sharding.Mesh:
+    """The mesh that the command line asks for."""
+    devices, processes, rank = map(int, sys.argv[2:5])
+    return open_mesh(devices, processes, rank)
+
+
+if __name__ == "__main__":
+    opened = command_line()
+    run(CASES, opened, alone=False)
+    run(ALONE, opened, alone=True)

@@ -21,6 +21,7 @@ from jaxfabric._bench import (
     machine,
     moe,
     moe_case,
+    moe_operands,
     moe_programs,
     moe_rank,
     moe_report,
@@ -76,6 +77,10 @@ def test_phases_and_chains() -> None:
     assert settings.case(512, "uniform", 2).label == "decode, 512 tokens, uniform"
     assert settings.case(513, "skewed", 2).phase == "prefill"
     assert (settings.length(512), settings.length(513)) == (50, 20)
+    assert settings.short_length(512) == 0
+    less = dataclasses.replace(settings, less_short=True)
+    assert (less.short_length(512), less.short_length(513)) == (10, 4)
+    assert moe_rank.lengths_of(less, 512) == [1, 10, 50]
     assert moe.Settings.from_json(json.loads(json.dumps(dataclasses.asdict(TINY)))) == (
         TINY
     )
@@ -115,9 +120,10 @@ def ragged_on_cpu(case: Case) -> Any:
     counts = case.load().counts
     begins = np.cumsum(counts, 1) - counts
 
-    def step(rows: Any) -> Any:
-        me = jax.lax.axis_index(moe_programs.AXIS)
-        everyone = jax.lax.all_gather(rows, moe_programs.AXIS)
+    def step(rows: Any, counts_of_all: Any) -> Any:
+        del counts_of_all
+        me = jax.lax.axis_index(moe_operands.AXIS)
+        everyone = jax.lax.all_gather(rows, moe_operands.AXIS)
         parts = [
             np.concatenate(
                 [
@@ -141,7 +147,7 @@ def ragged_on_cpu(case: Case) -> Any:
 def test_wrong_results_are_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = make_mesh(4)
     case = TINY.case(8, "uniform", 4)
-    given = moe_programs.operands(case, mesh)
+    given = moe_operands.operands(case, mesh)
     pair = moe_programs.SUBJECTS["lax.all_to_all by hand"]
     ragged = dataclasses.replace(
         moe_programs.SUBJECTS["lax.ragged_all_to_all"], step=ragged_on_cpu
@@ -155,8 +161,11 @@ def test_wrong_results_are_told_and_not_timed(monkeypatch: pytest.MonkeyPatch) -
         return dataclasses.replace(subject, step=step)
 
     for subject in (pair, ragged):
-        assert moe_rank.check(subject, case, mesh, given) == ""
-        assert "wrong by" in moe_rank.check(twice(subject), case, mesh, given)
+        for one, words in ((subject, ""), (twice(subject), "wrong by")):
+            once = moe_programs.chain(one, case, mesh, 1)
+            told = moe_rank.check(one, case, mesh, once, given)
+            assert words in told
+            assert bool(words) == bool(told)
 
     # One that is wrong, and one that raises, have a reason each; others go on.
     def fails(case: Case) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -62,7 +63,18 @@ def sharded(mesh: Any, ids: np.ndarray, form: str, **options: Any) -> Any:
         rows = d.weights[:, None] * experts(d, w)
         return moe.combine(rows, d.plan, weighted=False)
 
-    body = {"whole": whole, "halves": halves, "unweighted": unweighted}[form]
+    def reduced(x: Any, ids: Any, weights: Any, w: Any) -> jax.Array:
+        d = moe.dispatch(x, ids, weights, axis_name="expert", num_experts=E, **options)
+        rows, slots = d.weights[:, None] * experts(d, w), d.plan.slot_row
+        rows = jnp.where(slots[..., None] < 0, 0, rows[slots]).sum(1)
+        return moe.combine(rows, d.plan, expand=False, weighted=False)
+
+    def weighted(x: Any, ids: Any, weights: Any, w: Any) -> jax.Array:
+        d = moe.dispatch(x, ids, weights, axis_name="expert", num_experts=E, **options)
+        return moe.combine(d.tokens, d.plan, expand=False)
+
+    bodies = (whole, halves, unweighted, reduced, weighted)
+    body = {body.__name__: body for body in bodies}[form]
     mapped = jax.shard_map(body, mesh=mesh, in_specs=SPEC, out_specs=SPEC)
     (routes,) = on_mesh(mesh, SPEC, ids.reshape(N * T, K))
 
@@ -133,6 +145,23 @@ def test_gradients(implementation: str, form: str, options: Any) -> None:
             if scalar is second and kind == "skips":
                 got = jax.jit(jax.grad(second, (1, 2, 3)), static_argnums=0)
                 close(got(program, x, weights, w), got(plain, x, weights, w))
+
+
+@NEEDS_NATIVE
+def test_rows_that_the_program_has_summed() -> None:
+    rng = np.random.default_rng(4)
+    x, weights = data(rng, N, T, D, K)
+    w = rng.normal(size=(E, D, D)).astype(np.float32)
+    ids = moe_oracle.routing("skips", rng, N, T, K, E)
+    mask = kept(ids, None)
+    mesh = make_mesh(N)
+    with open_fabric("fabric", mesh):
+        program = sharded(mesh, ids, "reduced", implementation="fabric")
+        got = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)
+        plain = functools.partial(dense, ids=ids, mask=mask)
+        close(got(program, x, weights, w), got(plain, x, weights, w))
+        with pytest.raises(ValueError, match="weighted=False"):
+            sharded(mesh, ids, "weighted", implementation="fabric")(x, weights, w)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_cases import (
     IMPLEMENTATIONS,
-    NEEDS_NATIVE,
     data,
     make_mesh,
     on_ranks,
@@ -235,34 +234,6 @@ def test_dispatch_gives_these_bits(
 
     with open_fabric(implementation, mesh):
         check()
-
-
-@NEEDS_NATIVE
-def test_rows_that_the_program_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What GPUs do: quantised by XLA, and moved as bytes."""
-    from jaxfabric.moe import _fabric
-
-    packed = []
-
-    def packs(c: Any) -> bool:
-        if c.wire_dtype is not None:
-            packed.append(c)
-        return c.wire_dtype is not None
-
-    monkeypatch.setattr(_fabric, "_packs", packs)
-    rng = np.random.default_rng(3)
-    mesh = make_mesh(N)
-    x, weights = data(rng, N, T, 259, K, jnp.bfloat16)
-    x[0, 1, 5] = np.nan
-    ids = moe_oracle.routing("skips", rng, N, T, K, E)
-    want = expected(x, ids, weights)
-    run = on_ranks(mesh, functools.partial(all_forms, implementation="fabric"))
-    poison(mesh, want)
-    with open_fabric("fabric", mesh):
-        for name, parts in run(x, ids, weights).items():
-            for got, part in zip(parts, want[name], strict=True):
-                same(got, part)
-    assert packed
 
 
 def check_over_processes(*implementations: str) -> None:

@@ -1,11 +1,13 @@
-// Times of the kernels under CUDA graphs, two ranks in one process.
+// Times of the kernels under CUDA graphs, two ranks in one process, and of bare
+// probes beside them.
 //
-//   cuda_moe_bench [decode|prefill|long|sweep|primitives] [blocks ...]
+//   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids] [blocks]
 //
 // A graph holds a barrier and then a chain of one operation between two events,
 // and is launched on all devices. A time is what the slower rank took for the
-// chain over the chain's length, in microseconds: the median of kLaunches
-// launches / the 99th of 100.
+// chain over the chain's length, in microseconds: the median and the 99th of
+// 100 of kLaunches launches. A grid is blocks / those that send / segments that
+// a warp takes.
 
 #include <cuda_runtime.h>
 
@@ -20,6 +22,7 @@
 
 #include "moe_kernels.h"
 #include "primitive_kernels.h"
+#include "probe_kernels.h"
 #include "tests/cluster.h"
 
 namespace jaxfabric::cuda {
@@ -27,7 +30,7 @@ namespace {
 
 constexpr int kRanks = 2, kExperts = 256, kTopK = 8, kHidden = 7168;
 constexpr int64_t kRowBytes = kHidden * 2;
-constexpr int kLaunches = 300;
+constexpr int kLaunches = 300, kLaunchesOfMany = 60;
 
 using Launch = std::function<cudaError_t(int rank)>;
 
@@ -65,14 +68,15 @@ cudaError_t Capture(Cluster& cluster, int rank, int length,
 }
 
 // Microseconds of one `launch` in a chain of `length`.
-Times TimeInGraph(Cluster& cluster, int length, const Launch& launch) {
+Times TimeInGraph(Cluster& cluster, int length, const Launch& launch,
+                  int launches = kLaunches) {
   std::vector<Chain> chains(cluster.ranks());
   cluster.ForEach([&](int rank) {
     return Capture(cluster, rank, length, launch, chains[rank]);
   });
   cluster.Synchronize();
   std::vector<double> times;
-  for (int i = -3; i < kLaunches; ++i) {
+  for (int i = -3; i < launches; ++i) {
     cluster.ForEach([&](int rank) {
       return cudaGraphLaunch(chains[rank].graph, cluster.stream(rank));
     });
@@ -99,11 +103,19 @@ Times TimeInGraph(Cluster& cluster, int length, const Launch& launch) {
 }
 
 struct Operands {
-  std::vector<DeviceBuffer> x, ids, weights, tokens, group_sizes, row_weights,
-      row_index, recv_count, slot_row, sent, dropped, y;
+  std::vector<DeviceBuffer> x, ids, weights, tokens, scales, group_sizes,
+      row_weights, row_index, recv_count, slot_row, sent, dropped, y;
 };
 
-MoeShape ShapeOf(int tokens, bool expand) {
+enum class Wire { kBf16, kKept, kUnscaled };
+
+const char* NameOf(Wire wire) {
+  return wire == Wire::kBf16   ? "bf16"
+         : wire == Wire::kKept ? "e4m3"
+                               : "e4m3>bf16";
+}
+
+MoeShape ShapeOf(int tokens, bool expand, Wire wire = Wire::kBf16) {
   MoeShape shape = {};
   shape.ranks = kRanks;
   shape.tokens = tokens;
@@ -117,6 +129,10 @@ MoeShape ShapeOf(int tokens, bool expand) {
   shape.expand = expand;
   shape.zero_tail = false;
   shape.type = RowType::kBf16;
+  shape.scaled = wire != Wire::kBf16;
+  shape.keep = wire == Wire::kKept;
+  shape.hidden = kHidden;
+  if (shape.keep) shape.row_bytes = kHidden;
   Complete(shape, false);
   return shape;
 }
@@ -140,6 +156,7 @@ Operands MakeOperands(Cluster& cluster, const MoeShape& shape) {
     o.ids.push_back(Upload(device, ids));
     o.weights.push_back(Upload(device, std::vector<float>(ids.size(), 0.125f)));
     o.tokens.emplace_back(device, shape.rows * kRowBytes);
+    o.scales.emplace_back(device, shape.rows * (kHidden / kScaleBlock) * 4);
     o.group_sizes.emplace_back(device, shape.experts * 4);
     o.row_weights.emplace_back(device, shape.rows * 4);
     o.row_index.emplace_back(device, shape.rows * 4);
@@ -157,6 +174,7 @@ DispatchBuffers DispatchOf(const Operands& o, int r, bool expand) {
           o.ids[r].as<int32_t>(),
           o.weights[r].as<float>(),
           o.tokens[r].as<char>(),
+          o.scales[r].as<float>(),
           o.group_sizes[r].as<int32_t>(),
           o.row_weights[r].as<float>(),
           expand ? nullptr : o.row_index[r].as<int32_t>(),
@@ -177,52 +195,111 @@ CombineBuffers CombineOf(const Operands& o, int r) {
           nullptr};
 }
 
-struct Grids {
-  Grid dispatch, combine;
-};
-using GridsFor = std::function<Grids(const MoeShape& shape)>;
-
-// One of the forms: rows once per rank, or one for each expert.
-void TimeForm(Cluster& cluster, const Operands& o, const MoeShape& shape,
-              const Grids& grids) {
-  const int length = shape.tokens > 1024 ? 5 : 20;
-  const Times dispatch = TimeInGraph(cluster, length, [&](int r) {
-    return LaunchDispatch(cluster.peers(r), shape, grids.dispatch,
-                          DispatchOf(o, r, shape.expand),
-                          cluster.group().Workspace(r), cluster.stream(r));
-  });
-  const Times combine = TimeInGraph(cluster, length, [&](int r) {
-    return LaunchCombine(cluster.peers(r), shape, grids.combine,
-                         CombineOf(o, r), cluster.stream(r));
-  });
-  std::printf(
-      "T %5d %s  dispatch %3d/%2d/%d %7.2f/%7.2f  combine %3d/%2d/%d "
-      "%7.2f/%7.2f us\n",
-      shape.tokens, shape.expand ? "each" : "once", grids.dispatch.blocks,
-      grids.dispatch.send_blocks, grids.dispatch.segments_per_item,
-      dispatch.p50, dispatch.p99, grids.combine.blocks,
-      grids.combine.send_blocks, grids.combine.segments_per_item, combine.p50,
-      combine.p99);
+void PrintTimes(const char* what, const MoeShape& shape, Wire wire,
+                const Grid& grid, const Times& times) {
+  std::printf("%5d tokens  %-8s %-4s %-9s  %3d/%2d/%d  %8.2f %8.2f us\n",
+              shape.tokens, what, shape.expand ? "each" : "once", NameOf(wire),
+              grid.blocks, grid.send_blocks, grid.segments_per_item, times.p50,
+              times.p99);
   std::fflush(stdout);
 }
 
-void TimeMoe(Cluster& cluster, int tokens, const GridsFor& grids_for) {
-  const MoeShape once = ShapeOf(tokens, false), each = ShapeOf(tokens, true);
-  const Operands o = MakeOperands(cluster, each);
-  TimeForm(cluster, o, once, grids_for(once));
-  TimeForm(cluster, o, each, grids_for(each));
+int ChainLength(const MoeShape& shape) { return shape.tokens > 1024 ? 5 : 20; }
+
+void TimeDispatch(Cluster& cluster, const Operands& o, const MoeShape& shape,
+                  Wire wire, const Grid& grid, int launches = kLaunches) {
+  const Times times = TimeInGraph(
+      cluster, ChainLength(shape),
+      [&](int r) {
+        return LaunchDispatch(cluster.peers(r), shape, grid,
+                              DispatchOf(o, r, shape.expand),
+                              cluster.group().Workspace(r), cluster.stream(r));
+      },
+      launches);
+  PrintTimes("dispatch", shape, wire, grid, times);
 }
 
-// Other grids than those chosen, for few tokens.
-void Sweep(Cluster& cluster, int tokens, int blocks) {
-  for (const int send : {blocks / 8, blocks / 4, blocks * 5 / 16}) {
-    for (const int per_item : {1, 2, 3}) {
-      TimeMoe(cluster, tokens, [&](const MoeShape&) {
-        return Grids{{blocks, send, per_item, false},
-                     {blocks, send + blocks / 4, per_item, false}};
-      });
+void TimeCombine(Cluster& cluster, const Operands& o, const MoeShape& shape,
+                 const Grid& grid, int launches = kLaunches) {
+  const Times times = TimeInGraph(
+      cluster, ChainLength(shape),
+      [&](int r) {
+        return LaunchCombine(cluster.peers(r), shape, grid, CombineOf(o, r),
+                             cluster.stream(r));
+      },
+      launches);
+  PrintTimes("combine", shape, Wire::kBf16, grid, times);
+}
+
+constexpr Wire kWires[] = {Wire::kBf16, Wire::kKept, Wire::kUnscaled};
+
+// Rows once per rank, and one for each expert.
+void TimeMoe(Cluster& cluster, int tokens, int blocks) {
+  const Operands o = MakeOperands(cluster, ShapeOf(tokens, true));
+  for (const bool expand : {false, true}) {
+    for (const Wire wire : kWires) {
+      const MoeShape shape = ShapeOf(tokens, expand, wire);
+      TimeDispatch(cluster, o, shape, wire, DispatchGrid(shape, blocks));
+    }
+    const MoeShape shape = ShapeOf(tokens, expand);
+    TimeCombine(cluster, o, shape, CombineGrid(shape, blocks));
+  }
+}
+
+// Other grids than those chosen.
+void TimeGrids(Cluster& cluster, int tokens, int blocks) {
+  const Operands o = MakeOperands(cluster, ShapeOf(tokens, true));
+  for (const bool expand : {false, true}) {
+    for (const Wire wire : kWires) {
+      const MoeShape shape = ShapeOf(tokens, expand, wire);
+      const Grid chosen = DispatchGrid(shape, blocks);
+      for (const int sixteenths : {2, 3, 4, 5, 6, 7}) {
+        for (const int per_item : {1, 2, 4}) {
+          TimeDispatch(cluster, o, shape, wire,
+                       {blocks, blocks * sixteenths / 16, per_item,
+                        chosen.plan_together},
+                       kLaunchesOfMany);
+        }
+      }
     }
   }
+  for (const bool expand : {false, true}) {
+    const MoeShape shape = ShapeOf(tokens, expand);
+    for (const int sixteenths : {4, 6, 7, 8, 9}) {
+      for (const int per_item : {1, 2, 3}) {
+        TimeCombine(cluster, o, shape,
+                    {blocks, blocks * sixteenths / 16, per_item, false},
+                    kLaunchesOfMany);
+      }
+    }
+  }
+}
+
+// What the link does with plain stores, both ways at once.
+void TimeProbes(Cluster& cluster) {
+  constexpr int64_t kBytes = int64_t{56} << 20;
+  std::vector<DeviceBuffer> source;
+  for (int r = 0; r < kRanks; ++r) source.emplace_back(r, kBytes);
+  const auto time = [&](Probe kind, int64_t bytes, int length) {
+    return TimeInGraph(cluster, length, [&](int r) {
+      return LaunchProbe(cluster.peers(r),
+                         {kind,
+                          {kWindowsBegin, kBytes + kProbeData, kIdsMax - 1},
+                          source[r].as<char>(),
+                          bytes},
+                         128, cluster.stream(r));
+    });
+  };
+  const Times empty = time(Probe::kEmpty, 0, 200);
+  const Times barrier = time(Probe::kBarrier, 0, 200);
+  const Times put = time(Probe::kPut, kRowBytes, 200);
+  const Times stores = time(Probe::kStores, kBytes, 5);
+  std::printf(
+      "probe: empty %.2f/%.2f us, barrier %.2f/%.2f us, put of %lld "
+      "bytes %.2f/%.2f us, stores %.1f GB/s each way\n",
+      empty.p50, empty.p99, barrier.p50, barrier.p99,
+      static_cast<long long>(kRowBytes), put.p50, put.p99,
+      static_cast<double>(kBytes) / stores.p50 * 1e-3);
 }
 
 void TimePrimitives(Cluster& cluster) {
@@ -265,25 +342,31 @@ void TimePrimitives(Cluster& cluster) {
   }
 }
 
-void Main(const std::string& what, const std::vector<int>& blocks) {
-  if (what == "primitives") {
-    Cluster cluster(kRanks, 2, 1 << 20, 1 << 20);
-    TimePrimitives(cluster);
-    return;
+void TimeBoth() {
+  Cluster cluster(kRanks, 2, uint64_t{64} << 20, 1 << 20);
+  TimeProbes(cluster);
+  TimePrimitives(cluster);
+}
+
+void Main(const std::string& what, int blocks) {
+  const bool all = what == "all";
+  if (all || what == "primitives") TimeBoth();
+  std::vector<int> lengths;
+  if (what == "decode" || all) lengths = {1, 8, 32, 128, 256, 512};
+  if (what == "prefill" || all) {
+    lengths.insert(lengths.end(), {1024, 4096});
   }
-  const std::vector<int> lengths =
-      what == "decode"  ? std::vector<int>{1, 8, 32, 128, 256, 512}
-      : what == "long"  ? std::vector<int>{16384}
-      : what == "sweep" ? std::vector<int>{32, 128}
-                        : std::vector<int>{1024, 4096};
+  if (what == "long" || all) lengths.push_back(16384);
+  if (what == "128" || what == "4096") lengths = {std::stoi(what)};
+  if (what == "grids") lengths = {128, 4096};
+  if (lengths.empty()) return;
   Cluster cluster(kRanks, 2, 1 << 20,
                   MessageBytes(ShapeOf(lengths.back(), true)));
-  for (const int n : blocks) {
-    for (const int tokens : lengths) {
-      TimeMoe(cluster, tokens, [n](const MoeShape& shape) {
-        return Grids{DispatchGrid(shape, n), CombineGrid(shape, n)};
-      });
-      if (what == "sweep") Sweep(cluster, tokens, n);
+  for (const int tokens : lengths) {
+    if (what == "grids") {
+      TimeGrids(cluster, tokens, blocks);
+    } else {
+      TimeMoe(cluster, tokens, blocks);
     }
   }
 }
@@ -297,9 +380,7 @@ int main(int argc, char** argv) {
     std::printf("skipped: %s\n", missing.c_str());
     return 0;
   }
-  std::vector<int> blocks;
-  for (int i = 2; i < argc; ++i) blocks.push_back(std::atoi(argv[i]));
-  if (blocks.empty()) blocks = {128};
-  jaxfabric::cuda::Main(argc > 1 ? argv[1] : "decode", blocks);
+  jaxfabric::cuda::Main(argc > 1 ? argv[1] : "all",
+                        argc > 2 ? std::atoi(argv[2]) : 128);
   return 0;
 }

@@ -90,16 +90,22 @@ DeviceBuffer Upload(int device, const std::vector<T>& values) {
 
 class Cluster {
  public:
-  Cluster(int ranks, int devices, uint64_t window_bytes,
-          uint64_t mailbox_bytes) {
-    auto created = Group::Create(ranks, window_bytes, mailbox_bytes);
+  Cluster(int ranks, int devices, uint64_t window_bytes, uint64_t mailbox_bytes)
+      : Cluster(std::vector<int64_t>{ranks}, devices, window_bytes,
+                mailbox_bytes) {}
+  Cluster(const std::vector<int64_t>& mesh_shape, int devices,
+          uint64_t window_bytes, uint64_t mailbox_bytes) {
+    auto created = Group::Create(mesh_shape, window_bytes, mailbox_bytes);
     group_ = *std::move(created);
-    for (int rank = 0; rank < ranks; ++rank) {
+    for (size_t i = 0; i < mesh_shape.size(); ++i) {
+      all_axes_.push_back(static_cast<int64_t>(i));
+    }
+    for (int rank = 0; rank < group_->ranks(); ++rank) {
       devices_.push_back(rank % devices);
       Check(group_->AddLocal(rank, devices_.back()));
     }
     Check(group_->Open());
-    for (int rank = 0; rank < ranks; ++rank) {
+    for (int rank = 0; rank < group_->ranks(); ++rank) {
       const ScopedDevice current(devices_[rank]);
       cudaStream_t stream = nullptr;
       cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
@@ -116,7 +122,10 @@ class Cluster {
   cudaStream_t stream(int rank) const { return streams_[rank]; }
   Peers peers(int rank, double timeout_s = 20,
               Phase phase = Phase::kWhole) const {
-    return group_->PeersOf(rank, timeout_s, phase);
+    return *group_->PeersOf(rank, all_axes_, timeout_s, phase);
+  }
+  Peers peers_over(const std::vector<int64_t>& axes, int rank) const {
+    return *group_->PeersOf(rank, axes, 20, Phase::kWhole);
   }
   // Blocks that let the kernels of all ranks of a device run side by side.
   int blocks_max(int rank) const {
@@ -144,6 +153,7 @@ class Cluster {
   }
 
   std::unique_ptr<Group> group_;
+  std::vector<int64_t> all_axes_;
   std::vector<int> devices_;
   std::vector<cudaStream_t> streams_;
 };

@@ -1,15 +1,17 @@
 // Dispatch and combine against the oracle of the host's tests, on worlds of 2
-// to 4 ranks, in both forms (every block does everything; blocks with roles).
+// to 8 ranks, in both forms (every block does everything; blocks with roles).
 
 #include <gmock/gmock.h>
 
 #include <cstring>
 
+#include "moe/block_scaled.h"
 #include "moe/layout.h"
 #include "moe_kernels.h"
 #include "tests/cluster.h"
 #include "tests/cpp/moe_oracle.h"
 #include "tests/cpp/moe_row_values.h"
+#include "tests/scaled_world.h"
 
 namespace jaxfabric::cuda {
 namespace {
@@ -31,18 +33,8 @@ struct Case {
   bool roles, together;
   bool weighted, with_scalars;
   bool halves;
+  bool scaled, keep;  // see MoeShape
 };
-
-moe::RowType HostType(RowType type) {
-  switch (type) {
-    case RowType::kF32:
-      return moe::RowType::kF32;
-    case RowType::kBf16:
-      return moe::RowType::kBf16;
-    default:
-      return moe::RowType::kF16;
-  }
-}
 
 Layout RandomLayout(Random& random, int ranks, RowType type, bool large) {
   Layout layout;
@@ -50,8 +42,9 @@ Layout RandomLayout(Random& random, int ranks, RowType type, bool large) {
   layout.num_experts = ranks * Choose<int32_t>(random, {1, 2, 5, 32, 64});
   layout.tokens = large ? Uniform(random, 200, 1400) : Uniform(random, 1, 70);
   layout.k = std::min<int32_t>(Uniform(random, 1, 8), layout.num_experts);
-  layout.row_bytes = moe::ElementBytes(HostType(type)) *
-                     Choose<int64_t>(random, {1, 3, 8, 240, 256, 1024, 1800});
+  layout.row_bytes =
+      moe::ElementBytes(HostType(type)) *
+      Choose<int64_t>(random, {1, 3, 8, 240, 256, 1024, 1800, 2176});
   layout.expert_alignment = Choose<int32_t>(random, {1, 1, 3, 8});
   layout.expand = Uniform(random, 0, 2) != 0;
   layout.zero_tail = Uniform(random, 0, 1) == 0;
@@ -61,7 +54,9 @@ Layout RandomLayout(Random& random, int ranks, RowType type, bool large) {
   return layout;
 }
 
-MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars) {
+// `layout` is that of x.
+MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars,
+                 bool scaled = false, bool keep = false) {
   MoeShape shape = {};
   shape.ranks = layout.num_ranks;
   shape.tokens = layout.tokens;
@@ -77,6 +72,12 @@ MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars) {
   shape.expand = layout.expand;
   shape.zero_tail = layout.zero_tail;
   shape.type = type;
+  if (scaled) {
+    shape.scaled = true;
+    shape.keep = keep;
+    shape.hidden = static_cast<int32_t>(layout.row_bytes / ElementBytes(type));
+    if (keep) shape.row_bytes = shape.hidden;
+  }
   Complete(shape, with_scalars);
   return shape;
 }
@@ -84,7 +85,7 @@ MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars) {
 // All buffers of one rank.
 struct RankBuffers {
   DeviceBuffer x, ids, weights;
-  DeviceBuffer tokens, group_sizes, row_weights, row_index, recv_count,
+  DeviceBuffer tokens, scales, group_sizes, row_weights, row_index, recv_count,
       slot_row, sent, dropped;
 
   RankBuffers(int device, const World& world, int rank)
@@ -92,6 +93,7 @@ struct RankBuffers {
         ids(Upload(device, world.ids[rank])),
         weights(Upload(device, world.weights[rank])),
         tokens(device, world.layout.output_rows() * world.layout.row_bytes),
+        scales(device, world.layout.output_rows() * world.layout.row_bytes * 4),
         group_sizes(device, world.layout.experts_local() * 4),
         row_weights(device, world.layout.rows() * 4),
         row_index(device, world.layout.rows() * 4),
@@ -106,6 +108,7 @@ struct RankBuffers {
             ids.as<int32_t>(),
             weights.as<float>(),
             tokens.as<char>(),
+            scales.as<float>(),
             group_sizes.as<int32_t>(),
             row_weights.as<float>(),
             layout.expand ? nullptr : row_index.as<int32_t>(),
@@ -121,6 +124,19 @@ Grid GridFor(Cluster& cluster, int rank, const Case& c) {
   return {blocks, c.roles ? std::max(1, blocks / 4) : 0, 1 + rank, c.together};
 }
 
+void CheckRows(const Layout& layout, Bytes got, const Bytes& want) {
+  got.resize(want.size());
+  ASSERT_EQ(got.size(), want.size());
+  // Where nothing is promised the oracle has the byte of poisoned memory.
+  for (int64_t row = 0; row < layout.output_rows(); ++row) {
+    ASSERT_EQ(
+        std::memcmp(got.data() + row * layout.row_bytes,
+                    want.data() + row * layout.row_bytes, layout.row_bytes),
+        0)
+        << "row " << row;
+  }
+}
+
 void CheckDispatch(const World& world, int rank, const RankBuffers& got) {
   const Expected want = moe::Dispatch(world, rank);
   const Layout& layout = world.layout;
@@ -132,17 +148,32 @@ void CheckDispatch(const World& world, int rank, const RankBuffers& got) {
   if (!layout.expand) {
     EXPECT_EQ(got.row_index.Read<int32_t>(), want.row_index);
   }
+}
+
+void CheckTokens(const Case& c, int rank, const RankBuffers& got) {
+  const Layout& layout = c.world.layout;
   Bytes tokens = got.tokens.Read<std::byte>();
-  tokens.resize(want.tokens.size());
-  ASSERT_EQ(tokens.size(), want.tokens.size());
-  // Where nothing is promised the oracle has the byte of poisoned memory.
-  for (int64_t row = 0; row < layout.output_rows(); ++row) {
-    ASSERT_EQ(std::memcmp(tokens.data() + row * layout.row_bytes,
-                          want.tokens.data() + row * layout.row_bytes,
-                          layout.row_bytes),
-              0)
-        << "row " << row;
+  if (!c.scaled) {
+    CheckRows(layout, tokens, moe::Dispatch(c.world, rank).tokens);
+    return;
   }
+  const moe::ScopedFloatEnvironment environment;
+  const moe::ScaledRows rows = {
+      HostType(c.type), layout.row_bytes / moe::ElementBytes(HostType(c.type))};
+  if (!c.keep) {
+    const World want = ScaledWorld(c.world, rows, 0, layout.row_bytes, true);
+    Bytes expected = moe::Dispatch(want, rank).tokens;
+    UniteNans(c.type, tokens);
+    UniteNans(c.type, expected);
+    CheckRows(layout, tokens, expected);
+    return;
+  }
+  const World payload = ScaledWorld(c.world, rows, 0, rows.hidden, false);
+  CheckRows(payload.layout, tokens, moe::Dispatch(payload, rank).tokens);
+  const World scales = ScaledWorld(c.world, rows, rows.scales_offset(),
+                                   rows.scale_bytes(), false);
+  CheckRows(scales.layout, got.scales.Read<std::byte>(),
+            moe::Dispatch(scales, rank).tokens);
 }
 
 // Rows for combine: one per expert row.
@@ -233,9 +264,12 @@ void CheckCombine(const Case& c, const std::vector<Operands>& operands,
 class MoeTest : public ::testing::TestWithParam<int> {
  protected:
   void SetUp() override {
-    const std::string missing = Missing(2);
+    // Two ranks on a GPU at most.
+    const std::string missing = Missing(std::max(2, GetParam() / 2));
     if (!missing.empty()) GTEST_SKIP() << missing;
-    cluster_ = std::make_unique<Cluster>(GetParam(), 2, 1 << 16, kMailboxBytes);
+    cluster_ = std::make_unique<Cluster>(GetParam(),
+                                         std::min(GetParam(), DeviceCount()),
+                                         1 << 16, kMailboxBytes);
     for (int rank = 0; rank < GetParam(); ++rank) {
       const int device = cluster_->device(rank);
       pending_.emplace_back();
@@ -249,6 +283,9 @@ class MoeTest : public ::testing::TestWithParam<int> {
         Choose<RowType>(random, {RowType::kF32, RowType::kBf16, RowType::kF16});
     const Layout layout = RandomLayout(random, GetParam(), c.type, large);
     c.world = moe::RandomWorld(random, layout);
+    c.scaled = Uniform(random, 0, 2) == 0;
+    c.keep = Uniform(random, 0, 1) == 0;
+    if (c.scaled) FillNumbers(random, c.type, c.world);
     c.roles = large || Uniform(random, 0, 1) == 0;
     c.together = large || Uniform(random, 0, 1) == 0;
     c.weighted = Uniform(random, 0, 1) == 0;
@@ -263,7 +300,7 @@ class MoeTest : public ::testing::TestWithParam<int> {
     for (int rank = 0; rank < cluster_->ranks(); ++rank) {
       buffers.emplace_back(cluster_->device(rank), c.world, rank);
     }
-    const MoeShape shape = ShapeOf(layout, c.type, false);
+    const MoeShape shape = ShapeOf(layout, c.type, false, c.scaled, c.keep);
     InPhases(c, [&](int rank, const Peers& peers) {
       return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, c),
                             buffers[rank].Dispatch(layout),
@@ -274,6 +311,7 @@ class MoeTest : public ::testing::TestWithParam<int> {
         << cluster_->group().Failure().message();
     for (int rank = 0; rank < cluster_->ranks(); ++rank) {
       CheckDispatch(c.world, rank, buffers[rank]);
+      CheckTokens(c, rank, buffers[rank]);
     }
     Layout expanded = layout;
     expanded.expand = true;  // combine sees expert rows
@@ -366,13 +404,13 @@ TEST_P(MoeTest, EqualsTheOracle) {
                  << "seed " << seed << " type " << static_cast<int>(c.type)
                  << " roles " << c.roles << " together " << c.together
                  << " weighted " << c.weighted << " scalars " << c.with_scalars
-                 << " halves " << c.halves << " "
-                 << ::testing::PrintToString(c.world.layout));
+                 << " halves " << c.halves << " scaled " << c.scaled << " keep "
+                 << c.keep << " " << ::testing::PrintToString(c.world.layout));
     Run(c, random);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, MoeTest, ::testing::Values(2, 3, 4));
+INSTANTIATE_TEST_SUITE_P(Ranks, MoeTest, ::testing::Values(2, 3, 4, 8));
 
 class MoeErrorTest : public MoeTest {};
 

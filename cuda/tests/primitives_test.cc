@@ -245,6 +245,110 @@ TEST_F(PrimitivesTest, AWaitThatIsInVainSaysHowManyCame) {
               HasSubstr("3 transfers into the window, of which 0 have come"));
 }
 
+// One exchange of all ranks over `axes`; what each rank must have then.
+struct Exchanged {
+  std::vector<std::vector<uint8_t>> sent;
+  std::vector<DeviceBuffer> x, y;
+
+  Exchanged(Cluster& cluster, int64_t bytes, int seed) {
+    for (int rank = 0; rank < cluster.ranks(); ++rank) {
+      sent.emplace_back(bytes);
+      std::iota(sent[rank].begin(), sent[rank].end(),
+                static_cast<uint8_t>(seed + 37 * rank));
+      x.push_back(Upload(cluster.device(rank), sent[rank]));
+      y.emplace_back(cluster.device(rank), bytes);
+    }
+  }
+  // `pairs` are (source, target) on the axes.
+  void Launch(Cluster& cluster, const std::vector<int64_t>& axes,
+              const std::vector<std::pair<int, int>>& pairs) {
+    cluster.ForEach([&](int rank) {
+      const Peers peers = cluster.peers_over(axes, rank);
+      ExchangeArguments arguments = {x[rank].as<char>(), y[rank].as<char>(),
+                                     static_cast<int64_t>(sent[rank].size()),
+                                     -1, -1};
+      for (const auto& [source, target] : pairs) {
+        if (source == peers.rank) arguments.to = target;
+        if (target == peers.rank) arguments.from = source;
+      }
+      return LaunchExchange(peers, arguments, cluster.blocks_max(rank),
+                            cluster.stream(rank));
+    });
+  }
+};
+
+TEST_F(PrimitivesTest, AnExchangeFollowsAnyPermutation) {
+  constexpr int kRanks = 4;
+  Cluster cluster(kRanks, std::min(kRanks, DeviceCount()), 1 << 10, 1 << 21);
+  using Pairs = std::vector<std::pair<int, int>>;
+  const Pairs permutations[] = {
+      {{0, 1}, {1, 2}, {2, 3}, {3, 0}}, {{0, 0}, {1, 3}, {3, 1}}, {{2, 0}}, {}};
+  for (const int64_t bytes : {1, 15, 479, 480, 4096, 14336, 700001, 1 << 20}) {
+    for (const Pairs& pairs : permutations) {
+      Exchanged exchanged(cluster, bytes, static_cast<int>(bytes));
+      exchanged.Launch(cluster, {0}, pairs);
+      cluster.Synchronize();
+      ASSERT_TRUE(cluster.group().Failure().ok())
+          << cluster.group().Failure().message();
+      for (int rank = 0; rank < kRanks; ++rank) {
+        std::vector<uint8_t> want(bytes, 0);
+        for (const auto& [source, target] : pairs) {
+          if (target == rank) want = exchanged.sent[source];
+        }
+        ASSERT_TRUE(exchanged.y[rank].Read<uint8_t>() == want)
+            << bytes << " bytes at rank " << rank;
+      }
+    }
+  }
+}
+
+// Ranks (0, 1) and (2, 3) of a mesh of two by two differ in axis 1.
+TEST_F(PrimitivesTest, CallsOverSomeAxesMeetTheRightRanks) {
+  Cluster cluster(std::vector<int64_t>{2, 2}, std::min(4, DeviceCount()),
+                  1 << 10, 1 << 16);
+  struct Over {
+    std::vector<int64_t> axes;
+    std::vector<std::pair<int, int>> pairs;
+    int source[4];  // in the mesh, of each rank
+  };
+  const Over overs[] = {
+      {{0}, {{0, 1}, {1, 0}}, {2, 3, 0, 1}},
+      {{1}, {{0, 1}, {1, 0}}, {1, 0, 3, 2}},
+      {{0, 1}, {{0, 1}, {1, 2}, {2, 3}, {3, 0}}, {3, 0, 1, 2}},
+      // The same in the other order: 0, 2, 1, 3.
+      {{1, 0}, {{0, 1}, {1, 2}, {2, 3}, {3, 0}}, {3, 2, 0, 1}},
+  };
+  for (int turn = 0; turn < 25; ++turn) {
+    const Over& over = overs[turn * 7 % 4];
+    Exchanged exchanged(cluster, 5000, turn);
+    cluster.ForEach([&](int rank) {
+      return LaunchBarrier(cluster.peers_over(over.axes, rank),
+                           cluster.stream(rank));
+    });
+    exchanged.Launch(cluster, over.axes, over.pairs);
+    cluster.Synchronize();
+    ASSERT_TRUE(cluster.group().Failure().ok())
+        << cluster.group().Failure().message();
+    for (int rank = 0; rank < 4; ++rank) {
+      ASSERT_TRUE(exchanged.y[rank].Read<uint8_t>() ==
+                  exchanged.sent[over.source[rank]])
+          << "turn " << turn << " rank " << rank;
+    }
+  }
+}
+
+TEST_F(PrimitivesTest, ALateRankOfAnAxisHasItsNumberInTheMesh) {
+  Cluster cluster(std::vector<int64_t>{2, 2}, std::min(4, DeviceCount()),
+                  1 << 10, 1 << 16);
+  Peers peers = cluster.peers_over({0}, 1);
+  peers.timeout_ns = 100'000'000;
+  const ScopedDevice current(cluster.device(1));
+  JF_CUDA_OK(LaunchBarrier(peers, cluster.stream(1)));
+  JF_CUDA_OK(cudaStreamSynchronize(cluster.stream(1)));
+  EXPECT_THAT(cluster.group().Failure().message(),
+              HasSubstr("barrier on rank 1: the message of rank 3"));
+}
+
 TEST_F(PrimitivesTest, ManyBarriersReplayedFromAGraph) {
   constexpr int kInGraph = 50, kReplays = 20;
   cudaGraphExec_t executable[2];

@@ -6,23 +6,25 @@ follow each other, and XLA finds its buffers where they were.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxfabric as jf
 
 from .moe_case import Case
+from .moe_operands import AXIS, dispatched
 
-AXIS = "expert"
 _Step = Callable[..., Any]
 
+_COMPILERS = min(16, os.cpu_count() or 1)
 # XLA's own way on GPUs is refused over several processes, or slow, or wrong.
 RAGGED_OPTIONS = {"xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": True}
 
@@ -47,36 +49,30 @@ class Subject:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _dispatched(case: Case, *args: Any, **options: Any) -> jf.moe.Dispatched:
-    return jf.moe.dispatch(
-        *args,
-        axis_name=AXIS,
-        num_experts=case.experts,
-        **{"zero_tail": False, **options},
-    )
-
-
 def _dispatch(**options: Any) -> Callable[[Case], _Step]:
     def of(case: Case) -> _Step:
         def step(token: Any, x: Any, ids: Any, weights: Any) -> Any:
-            return _dispatched(case, x, ids, weights, token=token, **options).token
+            return dispatched(case, x, ids, weights, token=token, **options).token
 
         return step
 
     return of
 
 
-def _combine(case: Case) -> _Step:
-    def step(token: Any, rows: Any, plan: Any) -> Any:
-        return jf.moe.combine(rows, plan, token=token)[1]
+def _combine(**options: Any) -> Callable[[Case], _Step]:
+    def of(case: Case) -> _Step:
+        def step(token: Any, rows: Any, plan: Any) -> Any:
+            return jf.moe.combine(rows, plan, token=token, **options)[1]
 
-    return step
+        return step
+
+    return of
 
 
 def _pair(**options: Any) -> Callable[[Case], _Step]:
     def of(case: Case) -> _Step:
         def step(x: Any, ids: Any, weights: Any) -> Any:
-            d = _dispatched(case, x, ids, weights, **options)
+            d = dispatched(case, x, ids, weights, **options)
             return jf.moe.combine(d.tokens, d.plan)
 
         return step
@@ -90,19 +86,18 @@ def _all_to_all(case: Case) -> _Step:
 
 
 def _ragged(case: Case) -> _Step:
-    counts = case.load().counts.astype(np.int32)
+    del case
 
-    def step(rows: Any) -> Any:
+    def step(rows: Any, counts: Any) -> Any:
         me = lax.axis_index(AXIS)
-        sizes = jnp.asarray(counts)[me]
-        starts = jnp.asarray(np.cumsum(counts, 0) - counts)[me].astype(np.int32)
+        sizes = counts[me]
         return lax.ragged_all_to_all(
             rows,
             jnp.zeros_like(rows),
             jnp.cumsum(sizes) - sizes,
             sizes,
-            starts,
-            jnp.asarray(counts)[:, me],
+            (jnp.cumsum(counts, 0) - counts)[me],
+            counts[:, me],
             axis_name=AXIS,
         )
 
@@ -167,7 +162,13 @@ SUBJECTS = {
             _dispatch(expand=False, dequantize=False, **_E4M3),
         ),
         Subject(
-            "combine", "ours", "combine", "bf16", ("token", "rows", "plan"), _combine
+            *("combine", "ours", "combine", "bf16", ("token", "rows", "plan")),
+            _combine(),
+        ),
+        Subject(
+            *("combine, expand=False", "ours", "combine", "bf16"),
+            ("token", "rows_once", "plan"),
+            _combine(expand=False, weighted=False),
         ),
         Subject("pair", "ours", "pair", "bf16", _ROUTED[1:], _pair()),
         Subject("pair, e4m3", "ours", "pair", "e4m3", _ROUTED[1:], _pair(**_E4M3)),
@@ -179,7 +180,8 @@ SUBJECTS = {
             "lax.all_to_all", "peer", "exchange", "bf16", ("exchanged",), _all_to_all
         ),
         Subject(
-            *("lax.ragged_all_to_all", "peer", "exchange", "bf16", ("exchanged",)),
+            *("lax.ragged_all_to_all", "peer", "exchange", "bf16"),
+            ("exchanged", "counts"),
             _ragged,
             RAGGED_OPTIONS,
         ),
@@ -187,7 +189,11 @@ SUBJECTS = {
 }
 
 
-def chain(subject: Subject, case: Case, mesh: Any, length: int) -> Callable[..., Any]:
+# Short chains are captured in command buffers too.
+_GPU_OPTIONS = {"xla_gpu_graph_min_graph_size": 1}
+
+
+def chain(subject: Subject, case: Case, mesh: Any, length: int) -> Any:
     """``length`` calls, jitted, the carry donated."""
     step = subject.step(case)
 
@@ -200,89 +206,37 @@ def chain(subject: Subject, case: Case, mesh: Any, length: int) -> Callable[...,
     mapped = jax.shard_map(
         program, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False
     )
-    options = subject.options if mesh.devices.flat[0].platform != "cpu" else {}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {} if on_cpu else {**_GPU_OPTIONS, **subject.options}
     return jax.jit(mapped, donate_argnums=0, compiler_options=options)
 
 
-def _random_rows(seed: int, hidden: int, count: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(-127, 128, (count, hidden), np.int8).astype(jnp.bfloat16)
+def compiled(
+    subjects: Sequence[Subject],
+    case: Case,
+    mesh: Any,
+    lengths: Sequence[int],
+    given: dict[str, Any],
+) -> dict[tuple[str, int], Any]:
+    """Chains of each subject and length, by both; what failed is its exception."""
 
+    def lowered(subject: Subject, length: int) -> Any:
+        try:
+            program = chain(subject, case, mesh, length)
+            return program.lower(*(given[name] for name in subject.operands))
+        except Exception as error:
+            return error
 
-def operands(case: Case, mesh: Any) -> dict[str, Any]:
-    """What steps take, made from the same numbers in every process.
+    def finished(one: Any) -> Any:
+        try:
+            return one if isinstance(one, Exception) else one.compile()
+        except Exception as error:
+            return error
 
-    x bfloat16[N*T, D], ids int32[N*T, K], weights float32[N*T, K] that sum to one,
-    token float32[N], exchanged bfloat16[N*N*T, D].
-    """
-    sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
-    total = case.ranks * case.tokens
-
-    def place(shape: tuple[int, ...], make: Callable[[int, int], np.ndarray]) -> Any:
-        def part(index: Any) -> np.ndarray:
-            begin, end, _ = index[0].indices(shape[0])
-            return make(begin, end)
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    def rows(begin: int, end: int) -> np.ndarray:
-        return _random_rows(begin, case.hidden, end - begin)
-
-    ids = case.ids()
-    weights = np.random.default_rng(0).random(ids.shape, np.float32)
-    weights /= weights.sum(1, keepdims=True)
-    return {
-        "x": place((total, case.hidden), rows),
-        "ids": place(ids.shape, lambda begin, end: ids[begin:end]),
-        "weights": place(ids.shape, lambda begin, end: weights[begin:end]),
-        "token": place((case.ranks,), lambda begin, end: np.zeros(end - begin, "f4")),
-        "exchanged": place((case.ranks * total, case.hidden), rows),
-    }
-
-
-def routed(case: Case, mesh: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What combine takes: the rows and the plan of a dispatch."""
-
-    def program(x: Any, ids: Any, weights: Any) -> Any:
-        d = _dispatched(case, x, ids, weights)
-        return d.tokens, d.plan
-
-    mapped = jax.shard_map(
-        program, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False
-    )
-    rows, plan = jax.block_until_ready(
-        jax.jit(mapped)(given["x"], given["ids"], given["weights"])
-    )
-    return {"rows": rows, "plan": plan}
-
-
-def largest_error(got: Any, want: Any) -> float:
-    """Of this process's part, relative to the largest magnitude."""
-    errors = [
-        np.abs(np.asarray(a.data, np.float32) - np.asarray(b.data, np.float32)).max()
-        / np.abs(np.asarray(b.data, np.float32)).max()
-        for a, b in zip(got.addressable_shards, want.addressable_shards, strict=True)
-    ]
-    return float(max(errors))
-
-
-def exchanged_rows(case: Case, mesh: Any) -> Any:
-    """What lax.ragged_all_to_all makes of `exchanged`, from everyone's rows."""
-    counts = case.load().counts
-    begins = np.cumsum(counts, 1) - counts
-    each = case.ranks * case.tokens
-
-    def part(index: Any) -> np.ndarray:
-        rank = (index[0].start or 0) // each
-        rows = np.zeros((each, case.hidden), jnp.bfloat16)
-        at = 0
-        for source in range(case.ranks):
-            begin, count = begins[source, rank], counts[source, rank]
-            sent = _random_rows(source * each, case.hidden, each)
-            rows[at : at + count] = sent[begin : begin + count]
-            at += count
-        return rows
-
-    sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
-    shape = (case.ranks * each, case.hidden)
-    return jax.make_array_from_callback(shape, sharding, part)
+    keys = [(subject, length) for subject in subjects for length in lengths]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=_COMPILERS) as pool:
+        done = pool.map(finished, [lowered(*key) for key in keys])
+        return {
+            (subject.name, length): program
+            for (subject, length), program in zip(keys, done, strict=True)
+        }

@@ -11,21 +11,32 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 import jaxfabric as jf
-from jaxfabric._bench import machine, moe_case, moe_programs, nvlink, rank_times
+from jaxfabric._bench import (
+    machine,
+    moe_case,
+    moe_operands,
+    moe_programs,
+    nvlink,
+    rank_times,
+)
 from jaxfabric._bench.moe import Settings
 from jaxfabric._bench.moe_case import Case, Row
-from jaxfabric._bench.moe_programs import AXIS, SUBJECTS, Subject
+from jaxfabric._bench.moe_operands import AXIS
+from jaxfabric._bench.moe_programs import SUBJECTS, Subject
 
 # Of the largest magnitude: sums are rounded to bfloat16 twice, e4m3 rows once more.
 _ERROR_MOST = {"bf16": 0.03, "e4m3": 0.08}
 _MEMCPY_SECONDS = 0.3
+# Of the short chains only the median counts.
+_SHORT_ITERATIONS = 30
 
 
 def say(text: str) -> None:
@@ -45,7 +56,8 @@ class Floor:
         self.on_cpu = on_cpu
         self.reason = ""
         self.rate: float | None = None
-        if not on_cpu:
+        # Several processes would measure at the same time, and each other.
+        if not on_cpu and jax.process_index() == 0:
             try:
                 self.rate = nvlink.copy_rate()
             except nvlink.NotMeasured as reason:
@@ -75,54 +87,80 @@ class Floor:
         return times.p50 * 1e6
 
 
-def check(subject: Subject, case: Case, mesh: Any, given: dict[str, Any]) -> str:
-    """Why the results of one step are wrong, or nothing. Collective."""
+def check(
+    subject: Subject, case: Case, mesh: Any, once: Any, given: dict[str, Any]
+) -> str:
+    """Why the results of one call are wrong, or nothing. Collective."""
     if subject.what not in ("pair", "exchange"):
         return ""  # the pair's are the same calls
     inputs = [given[name] for name in subject.operands]
     want = inputs[0]
-    step = moe_programs.chain(subject, case, mesh, 1)
-    got = step(want + 0, *inputs[1:])
     if subject.what == "exchange":
         if subject.name != "lax.ragged_all_to_all":
             return ""
-        want = moe_programs.exchanged_rows(case, mesh)
-    error = moe_programs.largest_error(got, want)
-    everywhere = float(rank_times.slowest_rank([error]).p50)
-    if everywhere <= _ERROR_MOST[subject.wire]:
+        want = moe_operands.exchanged_rows(case, mesh)
+    error = moe_operands.largest_error(once(inputs[0] + 0, *inputs[1:]), want)
+    if error <= _ERROR_MOST[subject.wire]:
         return ""
-    return f"its results are wrong by {everywhere:.3g}"
+    return f"its results are wrong by {error:.3g}"
+
+
+class Carried:
+    """A program as a call without arguments: the carry goes from one to the next."""
+
+    def __init__(
+        self, program: Any, operands: tuple[str, ...], given: dict[str, Any]
+    ) -> None:
+        self._program = program
+        self._carry = given[operands[0]] + 0
+        self._rest = [given[name] for name in operands[1:]]
+
+    def __call__(self) -> Any:
+        self._carry = self._program(self._carry, *self._rest)
+        return self._carry
+
+
+def time_calls(
+    programs: dict[int, Any],
+    operands: tuple[str, ...],
+    given: dict[str, Any],
+    settings: Settings,
+    tokens: int,
+) -> rank_times.Times:
+    """Seconds of one call in each iteration; programs by length. Collective."""
+    length, short = settings.length(tokens), settings.short_length(tokens)
+    most = settings.iterations
+    times = rank_times.time_for(
+        Carried(programs[length], operands, given), seconds=settings.seconds, most=most
+    )
+    if short == 0:
+        return rank_times.Times(times.seconds / length)
+    alone = rank_times.time_for(
+        Carried(programs[short], operands, given),
+        seconds=settings.seconds,
+        most=min(most, _SHORT_ITERATIONS),
+    )
+    return rank_times.Times((times.seconds - alone.p50) / (length - short))
 
 
 def measure(
     subject: Subject,
     case: Case,
     mesh: Any,
-    program: Any,
+    programs: dict[int, Any],
     given: dict[str, Any],
     settings: Settings,
 ) -> Row:
-    """The row of one subject in one case."""
+    """The row of one subject in one case; ``programs`` by their length."""
     row = Row(case, subject.name, subject.role, subject.what, subject.wire)
-    if wrong := check(subject, case, mesh, given):
+    if wrong := check(subject, case, mesh, programs[1], given):
         return dataclasses.replace(row, reason=wrong)
-    carry = given[subject.operands[0]] + 0
-    rest = [given[name] for name in subject.operands[1:]]
-
-    def call() -> Any:
-        nonlocal carry
-        carry = program(carry, *rest)
-        return carry
-
-    times = rank_times.time_for(
-        call, seconds=settings.seconds, most=settings.iterations
-    )
-    per_call = 1e6 / settings.length(case.tokens)
+    times = time_calls(programs, subject.operands, given, settings, case.tokens)
     count = len(times.seconds)
     return dataclasses.replace(
         row,
-        p50_us=times.p50 * per_call,
-        p99_us=times.p99 * per_call if count >= rank_times.P99_LEAST else None,
+        p50_us=times.p50 * 1e6,
+        p99_us=times.p99 * 1e6 if count >= rank_times.P99_LEAST else None,
         iterations=count,
     )
 
@@ -134,59 +172,68 @@ def refusal(subject: Subject, on_cpu: bool) -> str:
     return ""
 
 
+def lengths_of(settings: Settings, tokens: int) -> list[int]:
+    """Calls in the chains of a size: one, to check it, and those that are timed."""
+    found = {1, settings.length(tokens), settings.short_length(tokens)}
+    return sorted(found - {0})
+
+
 def rows_of_tokens(
     tokens: int, mesh: Any, settings: Settings, floor: Floor
 ) -> Iterator[Row]:
     """All subjects and routings of one size; programs are compiled once."""
-    programs: dict[str, Any] = {}
+    lengths = lengths_of(settings, tokens)
+    subjects = [SUBJECTS[name] for name in settings.subjects]
+    programs: dict[tuple[str, int], Any] = {}
     for routing in settings.routings:
+        began = time.monotonic()
         case = settings.case(tokens, routing, mesh.size)
-        say(case.label)
         floors = {wire: floor.us(case, wire) for wire in moe_case.WIRES}
-        given = moe_programs.operands(case, mesh)
-        given |= moe_programs.routed(case, mesh, given)
-        for name in settings.subjects:
-            subject = SUBJECTS[name]
-            row = Row(case, name, subject.role, subject.what, subject.wire)
-            # Its counts are part of the ragged program.
-            if name not in programs or name == "lax.ragged_all_to_all":
-                length = settings.length(tokens)
-                programs[name] = moe_programs.chain(subject, case, mesh, length)
+        given = moe_operands.operands(case, mesh)
+        given |= moe_operands.routed(case, mesh, given)
+        if not programs:
+            usable = [one for one in subjects if not refusal(one, floor.on_cpu)]
+            programs = moe_programs.compiled(usable, case, mesh, lengths, given)
+        ready = time.monotonic()
+        for subject in subjects:
+            row = Row(case, subject.name, subject.role, subject.what, subject.wire)
             if reason := refusal(subject, floor.on_cpu):
                 yield dataclasses.replace(row, reason=reason)
                 continue
+            mine = {length: programs[subject.name, length] for length in lengths}
             try:
-                row = measure(subject, case, mesh, programs[name], given, settings)
+                for failed in mine.values():
+                    if isinstance(failed, Exception):
+                        raise failed
+                row = measure(subject, case, mesh, mine, given, settings)
             except RuntimeError as error:  # JAX's, and what is refused
                 row = dataclasses.replace(row, reason=str(error).splitlines()[0])
-            ways = 2 if subject.what == "pair" else 1
-            one_way = floors[subject.wire]
-            if one_way is not None and ways == 2:  # combine travels as bf16
-                one_way = (one_way + (floors["bf16"] or 0)) / 2
-            yield dataclasses.replace(
-                row, floor_us=None if one_way is None else ways * one_way
-            )
+            yield dataclasses.replace(row, floor_us=floor_of(subject, floors))
+        ended = time.monotonic()
+        say(f"{case.label}: {ready - began:.1f} s to compile, {ended - ready:.1f} s")
+
+
+def floor_of(subject: Subject, floors: dict[str, float | None]) -> float | None:
+    """Microseconds of the bytes that a call of the subject must move."""
+    one_way = floors[subject.wire]
+    if one_way is None or subject.what != "pair":
+        return one_way
+    return one_way + (floors["bf16"] or 0)  # combine travels as bf16
 
 
 def barrier_us(mesh: Any, settings: Settings) -> float:
-    """Microseconds of jf.barrier, in a chain of 20."""
+    """Microseconds of jf.barrier, in chains as of one token."""
     subject = Subject(
         *("barrier", "ours", "barrier", "bf16", ("token",)),
         lambda case: lambda token: jf.barrier(AXIS, token=token),
     )
     case = settings.case(1, "uniform", mesh.size)
-    program = moe_programs.chain(subject, case, mesh, 20)
-    carry = moe_programs.operands(case, mesh)["token"]
-
-    def call() -> Any:
-        nonlocal carry
-        carry = program(carry)
-        return carry
-
-    times = rank_times.time_for(
-        call, seconds=settings.seconds, most=settings.iterations
-    )
-    return times.p50 / 20 * 1e6
+    given = moe_operands.operands(case, mesh)
+    lengths = lengths_of(settings, 1)
+    made = moe_programs.compiled([subject], case, mesh, lengths, given)
+    programs = {length: made["barrier", length] for length in lengths}
+    times = time_calls(programs, subject.operands, given, settings, 1)
+    return times.p50 * 1e6
 
 
 def device_line() -> str:
@@ -198,8 +245,11 @@ def device_line() -> str:
     )
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Measures everything; what rank 0 writes. Collective."""
+def run(settings: Settings, write: Callable[[dict[str, Any]], None]) -> bool:
+    """Measures everything; gives ``write`` all it has after each size. Collective.
+
+    Returns whether all subjects of ours have figures.
+    """
     devices = np.array(jax.devices())
     mesh = jax.sharding.Mesh(devices, (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     settings.check(mesh.size)
@@ -217,23 +267,25 @@ def run(settings: Settings) -> dict[str, Any]:
                 window_bytes=1 << 20,
             )
         )
-        barrier = barrier_us(mesh, settings)
+        result: dict[str, Any] = {
+            "benchmark": "moe",
+            "machine": before,
+            "machine_line": line,
+            "devices": device_line(),
+            "transport": fabric.transport,
+            "floor": floor.describe(),
+            "barrier_us": barrier_us(mesh, settings),
+            "settings": dataclasses.asdict(settings),
+        }
         for tokens in settings.tokens:
             rows += rows_of_tokens(tokens, mesh, settings, floor)
-    return {
-        "benchmark": "moe",
-        "machine": {**before, "load_after": machine.describe()["load"]},
-        "machine_line": line,
-        "devices": device_line(),
-        "transport": fabric.transport,
-        "floor": floor.describe(),
-        "barrier_us": barrier,
-        "settings": dataclasses.asdict(settings),
-        "imbalance": {
-            row.case.label: round(row.case.load().imbalance, 2) for row in rows
-        },
-        "rows": [row.to_json() for row in rows],
-    }
+            result["machine"] = {**before, "load_after": machine.describe()["load"]}
+            result["imbalance"] = {
+                row.case.label: round(row.case.load().imbalance, 2) for row in rows
+            }
+            result["rows"] = [row.to_json() for row in rows]
+            write(result)
+    return not any(row.reason for row in rows if row.role == "ours")
 
 
 def main() -> None:
@@ -242,13 +294,14 @@ def main() -> None:
     folder = str(pathlib.Path(__file__).resolve().parent)
     sys.path[:] = [path for path in sys.path if path != folder]
     settings = Settings.from_json(json.loads(sys.argv[1]))
-    result = run(settings)
-    if jax.process_index() == 0:
-        text = json.dumps(result, indent=1)
-        pathlib.Path(sys.argv[2]).write_text(text + "\n", encoding="utf-8")
-    ours = [row for row in result["rows"] if row["role"] == "ours"]
-    if failed := [row for row in ours if row["reason"]]:
-        sys.exit(f"{failed[0]['subject']}: {failed[0]['reason']}")
+    out = pathlib.Path(sys.argv[2])
+
+    def write(result: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    if not run(settings, write):
+        sys.exit("a subject of ours has no figure; the table says why")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ _COLUMNS = 120
 
 NOTES = """\
 Microseconds of one call in a jitted chain with donated buffers, of the slowest rank
-in each iteration (a chain); p99 of 100 iterations or more. Of floor: over the time
-that the bytes of the rows alone take. "dispatch" and "pair" (dispatch and combine)
+in each iteration (a chain); p99 of 100 iterations or more. On GPUs the median of a
+shorter chain is subtracted, and so what a program costs by itself. Of floor: over the
+time that the bytes of the rows alone take. "dispatch" and "pair" (dispatch and combine)
 group rows by expert, and repeat them unless expand=False; zero_tail=False unless said.
+"combine" sums the rows of a rank's experts; with expand=False the program has done so.
 "exchange" moves rows one way and does nothing else: lax.all_to_all as many as there
 are tokens from each rank to each, lax.ragged_all_to_all those that are routed. "by
-hand" is the pair written with lax.all_to_all. On GPUs XLA dequantises e4m3 rows, and
-leaves that out where nobody uses them: only the pair has it."""
+hand" is the pair written with lax.all_to_all."""
 
 
 def show(result: dict[str, Any]) -> None:

@@ -156,6 +156,15 @@ def define(
     return primitive
 
 
+def refuse_on_gpus(primitive: Primitive, op: str, way_out: str) -> None:
+    """Lowering it for GPUs raises, with the way out."""
+
+    def lower(*args: Any, **params: Any) -> NoReturn:
+        raise NotImplementedError(f"{op} is for programs on CPU: {way_out}")
+
+    mlir.register_lowering(primitive, lower, platform="cuda")
+
+
 def refuse_derivative(primitive: Primitive, op: str) -> None:
     """Differentiating it raises, with the way out."""
 

@@ -34,6 +34,7 @@ def signal(watcher: Any, *, by: int = 1, token: jax.Array | None = None) -> jax.
     Raises:
       TypeError, ValueError: no watcher, or ``by`` below 1. A watcher that was closed
         raises `jax.errors.JaxRuntimeError` in the program.
+      NotImplementedError: the program is compiled for GPUs.
 
     Example::
 
@@ -64,5 +65,11 @@ signal_p = Primitive("jaxfabric_signal")
 signal_p.def_impl(jax.jit(signal_p.bind, static_argnames=("watcher", "by")))
 signal_p.def_abstract_eval(lambda token, watcher, by: token)
 mlir.register_lowering(signal_p, _lower, platform="cpu")
+_call.refuse_on_gpus(
+    signal_p,
+    "jf.signal",
+    "a kernel cannot wake the engine's worker; call jax.block_until_ready and then "
+    "watcher.bump() from Python",
+)
 _call.refuse_derivative(signal_p, "jf.signal")
 _call.refuse_vmap(signal_p, "jf.signal")

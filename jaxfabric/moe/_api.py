@@ -247,6 +247,7 @@ def combine(
     rows: _Array,
     plan: Plan,
     *,
+    expand: bool = True,
     weighted: bool = True,
     accum_dtype: Any = jnp.float32,
     token: None = None,
@@ -261,6 +262,7 @@ def combine(
     rows: _Array,
     plan: Plan,
     *,
+    expand: bool = True,
     weighted: bool = True,
     accum_dtype: Any = jnp.float32,
     token: _Array,
@@ -274,6 +276,7 @@ def combine(
     rows: _Array,
     plan: Plan,
     *,
+    expand: bool = True,
     weighted: bool = True,
     accum_dtype: Any = jnp.float32,
     token: _Array | None = None,
@@ -289,10 +292,12 @@ def combine(
     Differentiable in ``rows`` and ``plan.weights``.
 
     Args:
-      rows: float32, bfloat16 or float16 [R, D], one row for each expert row of the
-        plan, also after ``expand=False``. Padding and tail are never read. D may
-        differ from dispatch's.
+      rows: float32, bfloat16 or float16 [R, D], one for each expert row of the plan.
+        Padding and tail are never read. D may differ from dispatch's.
       plan: from dispatch, under the same mesh; may be used any number of times.
+      expand: ``False`` if the program has weighted and summed the rows of each rank's
+        experts, [N*T, D] as dispatch with ``expand=False`` has them; needs
+        ``weighted=False``.
       weighted: multiply each row with its routing weight; ``False`` sums as is.
       accum_dtype: dtype of products and sums.
       token: float32[1]; if given, the next token is returned too.
@@ -312,7 +317,9 @@ def combine(
       y = jf.moe.combine(d.tokens, d.plan)   # sum of weights[t] times x[t]
     """
     op = "jf.moe.combine"
-    call = prepare_combine(op, rows, plan, weighted, accum_dtype, token, key, timeout_s)
+    call = prepare_combine(
+        op, rows, plan, expand, weighted, accum_dtype, token, key, timeout_s
+    )
     y, _, out_token = _vjp.reduce(
         call.config,
         call.accum_dtype,
@@ -347,6 +354,7 @@ def prepare_combine(
     op: str,
     rows: _Array,
     plan: Plan,
+    expand: bool,
     weighted: bool,
     accum_dtype: Any,
     token: _Array | None,
@@ -369,15 +377,11 @@ def prepare_combine(
             "here; combine under the mesh of the dispatch"
         )
     _checks.rows(op, "rows", rows, "pass one row for each expert row, [R, D]")
-    if rows.shape[0] != c.rows:
-        raise ValueError(
-            f"{op}: {rows.shape[0]} rows, but the plan over axis {shown!r} has R = "
-            f"{c.rows}; pass one row for each expert row, the padding included"
-        )
+    _checks.combined_rows(op, rows.shape[0], c, expand, weighted)
     _checks.call(op, "-", key, timeout_s)
     config = dataclasses.replace(
         c,
-        expand=True,
+        expand=bool(expand),
         key=c.key if key is None else key,
         timeout_s=c.timeout_s if timeout_s is None else float(timeout_s),
     )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfabric.moe import _wire
+from jaxfabric.moe._plan import Config
 
 ROW_DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("fabric", "reference", "ragged")
@@ -59,6 +60,24 @@ def routes(op: str, x: jax.Array, ids: jax.Array, weights: jax.Array) -> None:
         raise ValueError(
             f"{op}: ids have shape {ids.shape} but weights {weights.shape}; they must "
             "be equal: one weight for each id"
+        )
+
+
+def combined_rows(op: str, count: int, c: Config, expand: bool, weighted: bool) -> None:
+    """Checks how many rows combine is given."""
+    if not expand and weighted:
+        raise ValueError(
+            f"{op}: expand=False takes rows that the program has weighted and summed; "
+            "say so with weighted=False"
+        )
+    wanted = ("R", c.rows, "expert row, the padding included")
+    if not expand:
+        wanted = ("N*T", c.unique_rows, "row of a dispatch with expand=False")
+    if count != wanted[1]:
+        shown = c.axis_name[0] if len(c.axis_name) == 1 else c.axis_name
+        raise ValueError(
+            f"{op}: {count} rows, but the plan over axis {shown!r} has {wanted[0]} = "
+            f"{wanted[1]}; pass one row for each {wanted[2]}"
         )
 
 

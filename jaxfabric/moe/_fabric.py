@@ -7,7 +7,6 @@ vary alike.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfabric import _cuda, _current
+from jaxfabric import _current
 from jaxfabric._primitives import _call
 from jaxfabric.moe import _wire
 from jaxfabric.moe._plan import Config, DispatchStats, RouteOut
@@ -30,8 +29,6 @@ def route(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> RouteOut:
     """Sends rows with their routes; see jaxfabric.moe._plan for the contract."""
-    if _packs(c):
-        return _unpacked(c, route(_packed(c), _wire.pack(x), ids, weights, token), x)
     outs = _call.bind(
         route_p, _call_of(c, "dispatch"), x, ids, weights, token, config=c
     )
@@ -42,9 +39,6 @@ def route_start(
     c: Config, x: _Array, ids: _Array, weights: _Array, token: _Array
 ) -> tuple[_Array, ...]:
     """First half: everything is on its way when its results are there."""
-    if _packs(c):
-        posted = route_start(_packed(c), _wire.pack(x), ids, weights, token)
-        return *posted, x[:0]  # its dtype
     pending, token = _call.bind(
         route_start_p, _call_of(c, "dispatch_start"), x, ids, weights, token, config=c
     )
@@ -53,8 +47,6 @@ def route_start(
 
 def route_done(c: Config, posted: tuple[_Array, ...]) -> RouteOut:
     """Second half: waits for what the others sent, and unpacks it."""
-    if _packs(c):
-        return _unpacked(c, route_done(_packed(c), posted[:-1]), posted[-1])
     outs = _call.bind(route_done_p, _call_of(c, "dispatch_done"), *posted, config=c)
     return _route_out(c, outs)
 
@@ -137,27 +129,6 @@ def _call_of(c: Config, op: str) -> _call.Call:
     fabric = _current.by_key(op, c.axis_name, c.fabric_key)
     axes = tuple(fabric.mesh.axis_names.index(name) for name in c.axis_name)
     return _call.Call(op, fabric.key, c.axis_name, axes, c.timeout_s or 0.0, c.key)
-
-
-def _packs(c: Config) -> bool:
-    """Whether the program quantises: GPUs' kernels move rows of any bytes."""
-    if c.wire_dtype is None:
-        return False
-    fabric = _current.by_key("dispatch", c.axis_name, c.fabric_key)
-    return bool(fabric.transport == _cuda.TRANSPORT)
-
-
-def _packed(c: Config) -> Config:
-    """The call that moves packed rows."""
-    hidden = _wire.packed_bytes(c.hidden)
-    return dataclasses.replace(c, wire_dtype=None, dequantize=True, hidden=hidden)
-
-
-def _unpacked(c: Config, out: RouteOut, like: _Array) -> RouteOut:
-    payload, scales = _wire.unpack(out.tokens, c.hidden)
-    if c.dequantize:
-        return out._replace(tokens=_wire.dequantize(payload, scales, like.dtype))
-    return out._replace(tokens=_wire.as_e4m3(payload), scales=scales)
 
 
 def _route_out(c: Config, outs: Sequence[_Array]) -> RouteOut:

@@ -206,6 +206,7 @@ def combine_start(
     rows: _Array,
     plan: Plan,
     *,
+    expand: bool = True,
     weighted: bool = True,
     accum_dtype: Any = jnp.float32,
     token: _Array | None = None,
@@ -226,7 +227,7 @@ def combine_start(
     """
     op = "jf.moe.combine_start"
     call = _api.prepare_combine(
-        op, rows, plan, weighted, accum_dtype, token, key, timeout_s
+        op, rows, plan, expand, weighted, accum_dtype, token, key, timeout_s
     )
     c = call.config
     operands = (call.rows, call.weights, None, *call.routes, call.token)

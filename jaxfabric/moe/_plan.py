@@ -48,8 +48,8 @@ Details that are easy to get wrong, decided once for all implementations:
 * A unique row is sent, and counted in the statistics, even if each of its
   assignments is over the capacity.
 * ``Config.expand`` tells ``replay`` and ``reduce`` which rows they see: expert rows
-  ``[R, D]`` or unique rows ``[N*T, D]``. Combine always sees expert rows, so it
-  passes a config with ``expand=True``.
+  ``[R, D]`` or unique rows ``[N*T, D]``. Combine passes
+  its own ``expand``, whatever dispatch's was.
 * Rows given to combine may differ from those dispatched in dtype and in their last
   dimension. ``Config.hidden`` follows the operand of each kernel call.
 """

@@ -47,30 +47,6 @@ def dequantize(payload: _Array, scales: _Array, dtype: jnp.dtype) -> _Array:
     return values.reshape(len(payload), -1)[:, : payload.shape[1]].astype(dtype)
 
 
-def pack(x: _Array) -> _Array:
-    """x[T, D] quantised, as rows of bytes: uint8[T, packed_bytes].
-
-    Payload, scales, and zeros up to a multiple of 16.
-    """
-    payload, scales = quantize(x)
-    as_bytes = lax.bitcast_convert_type(scales, jnp.uint8).reshape(len(x), -1)
-    used = x.shape[1] + as_bytes.shape[1]
-    unused = jnp.zeros((len(x), packed_bytes(x.shape[1]) - used), jnp.uint8)
-    return jnp.concatenate([payload, as_bytes, unused], axis=1)
-
-
-def unpack(rows: _Array, hidden: int) -> tuple[_Array, _Array]:
-    """The payload and the scales of rows that `pack` made."""
-    count = blocks(hidden)
-    as_bytes = rows[:, hidden : hidden + 4 * count].reshape(len(rows), count, 4)
-    return rows[:, :hidden], lax.bitcast_convert_type(as_bytes, jnp.float32)
-
-
-def packed_bytes(hidden: int) -> int:
-    """Length of a packed row of so many elements."""
-    return -(-(hidden + 4 * blocks(hidden)) // 16) * 16
-
-
 def as_e4m3(payload: _Array) -> _Array:
     """uint8 to float8_e4m3fn, which not every collective takes."""
     return lax.bitcast_convert_type(payload, DTYPE)

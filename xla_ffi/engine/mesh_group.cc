@@ -4,8 +4,8 @@
 
 namespace jaxfabric {
 
-StatusOr<MeshGroup> GroupOf(std::span<const int64_t> mesh_shape,
-                            std::span<const int64_t> axes, uint32_t rank) {
+StatusOr<MeshGroup> GroupOf(const std::vector<int64_t>& mesh_shape,
+                            const std::vector<int64_t>& axes, uint32_t rank) {
   std::vector<int64_t> strides(mesh_shape.size(), 1);
   for (size_t i = mesh_shape.size(); i-- > 1;) {
     strides[i - 1] = strides[i] * mesh_shape[i];

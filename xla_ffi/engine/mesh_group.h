@@ -1,10 +1,10 @@
-// Which ranks take part in a call over some axes of a mesh. Pure.
+// Which ranks take part in a call over some axes of a mesh. Pure; C++17,
+// because cuda/ compiles it too.
 
 #ifndef JAXFABRIC_ENGINE_MESH_GROUP_H_
 #define JAXFABRIC_ENGINE_MESH_GROUP_H_
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "base/status.h"
@@ -19,8 +19,8 @@ struct MeshGroup {
   uint32_t position = 0;  // of `rank` itself
 };
 
-StatusOr<MeshGroup> GroupOf(std::span<const int64_t> mesh_shape,
-                            std::span<const int64_t> axes, uint32_t rank);
+StatusOr<MeshGroup> GroupOf(const std::vector<int64_t>& mesh_shape,
+                            const std::vector<int64_t>& axes, uint32_t rank);
 
 }  // namespace jaxfabric
 

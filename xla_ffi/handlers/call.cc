@@ -111,7 +111,7 @@ StatusOr<Call> Resolve(std::shared_ptr<Fabric> fabric, const Frame& frame,
   JF_ASSIGN_OR_RETURN(
       call.group,
       GroupOf(call.fabric->mesh_shape,
-              {attributes.axes.begin(), attributes.axes.size()}, rank->second));
+              {attributes.axes.begin(), attributes.axes.end()}, rank->second));
   const int32_t position = frame.position.typed_data()[0];
   if (static_cast<int64_t>(call.group.position) != position) {
     return Status(StatusCode::kFailedPrecondition,
