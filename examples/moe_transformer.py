@@ -92,10 +92,15 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(config.d_model, rngs=rngs)
         self.head = nnx.Linear(config.d_model, config.vocab, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, list[jf.nnx.MoEStats]]:
-        """Returns logits [B, S, vocab], and stats by layer."""
+    def __call__(
+        self, tokens: jax.Array, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, list[jf.nnx.MoEStats]]:
+        """Returns logits [B, S, vocab], and stats by layer.
+
+        ``start`` is the position of the first token, below ``length - S``.
+        """
         mask = nnx.make_causal_mask(tokens)
-        x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        x = self.embed(tokens) + self.position(start + jnp.arange(tokens.shape[1]))
         stats = []
         for block in self.blocks:
             x, block_stats = block(x, mask)
