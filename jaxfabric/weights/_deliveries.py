@@ -59,12 +59,11 @@ class Deliveries:
         self._queue: collections.deque[Job] = collections.deque()
         self._origin = secrets.randbits(63)
         self._worker = Worker("jf.weights.Sender")
-        engine.submit_recvs(self._from_peer)
+        engine.submit_recvs(
+            lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
+        )
 
     # --- Greetings ---
-
-    def _from_peer(self, peer: int, data: bytes) -> None:
-        self._worker.post(lambda: self._on_message(peer, data))
 
     def _on_message(self, peer: int, data: bytes) -> None:
         target = self._targets.get(peer)

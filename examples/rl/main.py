@@ -1,0 +1,143 @@
+"""Reinforcement learning with a trainer and a sampler that are separate jobs.
+
+    python examples/rl/main.py
+    python examples/rl/main.py --steps 200 --picture rl.svg
+    python examples/rl/main.py --transport ofi/tcp
+
+A small transformer with experts learns sums such as 7+5=12. A trainer of two
+processes, each with half of the experts, first shows it a few right answers, so that
+it is right now and then. From there on it learns by reward alone: a sampler, one
+process with the model whole, answers each prompt several times with the weights that
+it has; an answer is worth 1 if it is right, else 0; the trainer makes more likely what
+was better than the rest of its group (GRPO). Batches travel as messages of
+jf.TransferEngine. After each step the new weights are pushed by jf.weights, straight
+from the trainer's shards into the sampler, which goes on answering meanwhile; each
+batch says which version gave it, and the loss corrects for its age.
+
+It ends with exit code 1 unless the reward has risen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import picture
+
+HERE = pathlib.Path(__file__).resolve().parent
+RANKS = 2  # of the trainer
+FIRST, LAST = 5, 10  # batches whose mean reward is compared
+RISE = 0.1
+_POLL_S = 0.05
+_PASSED_ON = ("transport", "steps", "warm_steps", "seed")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=60, help="of reinforcement learning (60)")
+    add("--warm-steps", type=int, default=16, help="with right answers, before (16)")
+    add("--transport", default="shm", help="of weights and batches (shm)")
+    add("--seed", type=int, default=0, help="of parameters and prompts (0)")
+    add("--timeout-s", type=float, default=300.0, help="of everything (300)")
+    add("--picture", type=pathlib.Path, default="rl.png", help="PNG or SVG (rl.png)")
+    add("--json", type=pathlib.Path, help="where to write all numbers")
+    return parser.parse_args()
+
+
+def start(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The two jobs, as one would start them on two machines."""
+    rest = [f"--folder={folder}"]
+    for name in _PASSED_ON:
+        rest.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    launcher = ["-m", "jaxfabric._cli", "run", f"--processes={RANKS}"]
+    # Each job has its own number of devices.
+    python = ["env", "-u", "XLA_FLAGS", sys.executable]
+    return {
+        name: subprocess.Popen([*python, *command, *rest])
+        for name, command in (
+            ("trainer", [*launcher, str(HERE / "trainer.py")]),
+            ("sampler", [str(HERE / "sampler.py")]),
+        )
+    }
+
+
+def wait(processes: dict[str, Any], timeout_s: float) -> None:
+    """Until all have ended well; raises SystemExit with the name of one that has not.
+
+    However it ends, none is left.
+    """
+    until = time.monotonic() + timeout_s
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            for name, process in processes.items():
+                if process.poll():
+                    raise SystemExit(f"the {name} ended with {process.returncode}")
+            if time.monotonic() > until:
+                raise SystemExit(f"not done after {timeout_s} s")
+            time.sleep(_POLL_S)
+        for name, process in processes.items():
+            if process.returncode:
+                raise SystemExit(f"the {name} ended with {process.returncode}")
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """What happened, in words."""
+    rewards = [batch["reward"] for batch in report["sampler"]["batches"]]
+    trainers = [report[f"trainer{rank}"] for rank in range(RANKS)]
+    lags = [step["lag"] for step in trainers[0]["steps"]]
+    total = [push["total_s"] for push in trainers[0]["pushes"][1:]]
+    nbytes = sum(trainer["pushes"][-1]["nbytes"] for trainer in trainers)
+    return (
+        f"reward: {np.mean(rewards[:FIRST]):.2f} -> {np.mean(rewards[-LAST:]):.2f}, "
+        f"and {rewards[-1]:.2f} with the last version\n"
+        f"pushes: {len(trainers[0]['pushes'])} versions of {nbytes / 2**20:.2f} MiB, "
+        f"median {np.median(total) * 1e3:.1f} ms, most {max(total) * 1e3:.1f} ms\n"
+        f"the trainer learned from batches that were {np.mean(lags):.1f} versions old "
+        f"(at most {max(lags)}); the sampler compiled "
+        f"{report['sampler']['compiled']} program"
+    )
+
+
+def main() -> None:
+    options = parse_arguments()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "token").touch(0o600)
+        (folder / "token").write_text(secrets.token_hex(16))
+        wait(start(folder, options), options.timeout_s)
+        report = {
+            file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")
+        }
+    print(summary(report))
+    picture.draw(report, options.picture)
+    print(f"picture: {options.picture}; {time.monotonic() - begin:.0f} s in all")
+    if options.json:
+        options.json.write_text(json.dumps(report))
+    rewards = [batch["reward"] for batch in report["sampler"]["batches"]]
+    if np.mean(rewards[-LAST:]) < np.mean(rewards[:FIRST]) + RISE:
+        raise SystemExit(f"the reward has not risen by {RISE}")
+
+
+if __name__ == "__main__":
+    main()

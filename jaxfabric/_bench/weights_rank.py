@@ -1,0 +1,291 @@
+"""A rank of `bench weights`: a trainer's or a sampler's; answers requests in lines.
+
+`weights.run` starts it; JSON comes on standard input, and goes out on the descriptor
+that the command line names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+import jaxfabric as jf
+from jaxfabric._bench import weights_model
+from jaxfabric._bench.weights_others import Gather, Pull
+from jaxfabric.weights._tiles import TilesByKey, box_index, tile_shape, tiles_of
+
+TIMEOUT_S = 120.0
+_PROBE_BYTES = 64 << 20  # more than caches hold
+_PROBE_SECONDS = 0.3
+_RING = 4  # buckets under way to each peer, as a Sender has them
+_WIRE_ID = 1 << 20  # its counts
+
+Array = npt.NDArray[Any]
+
+
+class _Sender(jf.weights.Sender):
+    """Is pushed the tiles that this rank has, by number of leaf and tile."""
+
+    def _tiles(self, params: Any) -> dict[tuple[int, int], Any]:
+        return dict(params)
+
+
+class _Receiver(jf.weights.Receiver):
+    """Takes the tiles of this rank, as arrays of JAX."""
+
+    def _tree(self, tiles: TilesByKey) -> dict[tuple[int, int], jax.Array]:
+        return {key: jax.device_put(tile.copy()) for key, tile in tiles.items()}
+
+
+def content(leaf: jf.weights.LeafLayout, number: int, box: tuple[slice, ...]) -> Array:
+    """A box of a leaf, in which neighbours differ, and leaves too."""
+    total = np.full((1,) * len(leaf.shape), 977 * number, np.uint16)
+    for axis, part in enumerate(box):
+        step = int(np.prod(leaf.shape[axis + 1 :], dtype=np.uint64) % (1 << 16)) | 1
+        line = np.arange(part.start, part.stop, dtype=np.uint64) * step
+        shape = [1] * len(leaf.shape)
+        shape[axis] = -1
+        total = total + (line % (1 << 14)).astype(np.uint16).reshape(shape)
+    return (total % (1 << 14)).view(leaf.dtype)  # no NaN, which all compare unequal
+
+
+def tiles_with_content(layout: jf.weights.TreeLayout, rank: int) -> TilesByKey:
+    """All tiles of a rank."""
+    made = {}
+    for number, leaf in enumerate(layout.leaves):
+        tiles = tiles_of(layout, leaf)
+        shape = tile_shape(leaf, tiles)
+        for which, holders in enumerate(tiles.holders):
+            if rank not in holders:
+                continue
+            position = np.unravel_index(which, tiles.parts)
+            start = tuple(int(p) * n for p, n in zip(position, shape, strict=True))
+            made[number, which] = content(leaf, number, box_index(start, shape))
+    return made
+
+
+class Rank:
+    """What both kinds of rank have; each public method answers a request.
+
+    Attributes:
+      arrays: of the last subject that delivered some: what the sampler would use.
+    """
+
+    def __init__(
+        self, role: str, rank: int, nbytes: int, counts: list[int], transport: str
+    ) -> None:
+        layouts = weights_model.layouts(nbytes, *counts)
+        self.plan = jf.weights.plan(*layouts)
+        self.layout = layouts[role == "sampler"]
+        self.role, self.rank = role, rank
+        self.arrays: dict[tuple[int, int], Any] = {}
+        self.open = [
+            jf.TransferEngine(
+                transport,
+                job="bench",
+                token="bench weights",
+                name=f"{role}{rank}.{use}",
+                timeout_s=TIMEOUT_S,
+            )
+            for use in ("weights", "raw")
+        ]
+        self.engine, self.raw = self.open
+
+    def memory(self) -> dict[str, float]:
+        """Bytes/s that this rank copies and hashes, while all others do, too."""
+        source = np.ones(_PROBE_BYTES, np.uint8)
+        target = np.empty_like(source)
+        return {
+            "copy": _rate(lambda: np.copyto(target, source)),
+            "hash": _rate(lambda: xxhash.xxh3_64_intdigest(source.data)),
+        }
+
+    def wire_ready(self, addresses: list[str]) -> dict[str, Any]:
+        """Memory that others may write into, as much as is under way at a time."""
+        self._ring = self.raw.alloc((len(addresses), _RING, self.plan.bucket_bytes))
+        return {"memory": self._ring.desc.to_bytes().hex()}
+
+    def close(self) -> dict[str, Any]:
+        """Ends the engines."""
+        for engine in self.open:
+            engine.close()
+        return {}
+
+
+class Trainer(Rank):
+    """A rank that has parameters."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__("trainer", *arguments)
+        made = tiles_with_content(self.layout, self.rank)
+        self.params = {key: jax.device_put(tile) for key, tile in made.items()}
+        jax.block_until_ready(list(self.params.values()))
+        self._sender = _Sender(self.engine, self.layout, rank=self.rank, plan=self.plan)
+        self.gather = Gather(self.raw, self.plan, self.rank)
+        self.pull = Pull()
+
+    def addresses(self) -> dict[str, str]:
+        """Where the subjects are found."""
+        return {
+            "sender": self._sender.address().hex(),
+            "raw": self.raw.address().to_bytes().hex(),
+            "pull": self.pull.address(),
+        }
+
+    def push(self, version: int) -> dict[str, Any]:
+        """Ours, until all receivers have the version."""
+        push = self._sender.push(self.params, version)
+        push.wait(TIMEOUT_S)
+        stats = push.stats()
+        receipts = [receipt._asdict() for receipt in stats.receipts.values()]
+        return stats._asdict() | {"receipts": receipts}
+
+    def wire_connect(self, peers: list[str], memories: list[str]) -> dict[str, Any]:
+        """Connects to the ranks that it will write to, and makes a ring for each."""
+        self._peers = [self.raw.connect(bytes.fromhex(p)).result() for p in peers]
+        self._memories = [jf.MrDesc.from_bytes(bytes.fromhex(m)) for m in memories]
+        self._outgoing = self.raw.alloc((_RING, self.plan.bucket_bytes))
+        self._outgoing.array[:] = 1
+        return {}
+
+    def wire(self) -> dict[str, Any]:
+        """The same writes as a push makes, and nothing else."""
+        sends = self.plan.sends(self.rank)
+        turns = [
+            (target, number, bucket.nbytes)
+            for number in range(max(map(len, sends.values())))
+            for target, buckets in sends.items()
+            for bucket in buckets[number : number + 1]
+        ]
+        under_way: list[Any] = []
+        for turn, (target, number, nbytes) in enumerate(turns):
+            if len(under_way) == _RING:
+                under_way.pop(0).result()
+            slot = self.rank * _RING + number % _RING
+            under_way.append(
+                self.raw.submit_single_write(
+                    self._outgoing.array[turn % _RING, :nbytes],
+                    self._memories[target],
+                    _WIRE_ID,
+                    target_offset=slot * self.plan.bucket_bytes,
+                )
+            )
+        for future in under_way:
+            future.result()
+        return {}
+
+
+class Sampler(Rank):
+    """A rank that takes parameters."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__("sampler", *arguments)
+        self._receiver: _Receiver | None = None
+        self.gather = Gather(self.raw, self.plan, self.rank, takes=True)
+        self.pull = Pull()
+
+    def addresses(self) -> dict[str, str]:
+        """Where the subjects are found."""
+        return {
+            "leader": self.engine.address().to_bytes().hex(),
+            "raw": self.raw.address().to_bytes().hex(),
+        }
+
+    def connect(self, senders: list[str], leader: str) -> dict[str, Any]:
+        """Finds the trainer."""
+        self._receiver = _Receiver(
+            self.engine,
+            None,
+            layout=self.layout,
+            rank=self.rank,
+            leader=bytes.fromhex(leader) if self.rank else None,
+        )
+        self._receiver.connect([bytes.fromhex(address) for address in senders])
+        return {}
+
+    def wire(self) -> dict[str, Any]:
+        """Until all writes of `Trainer.wire` are here."""
+        writes = sum(map(len, self.plan.receives(self.rank).values()))
+        self.raw.imm_counter(_WIRE_ID).wait(writes, TIMEOUT_S)
+        return {}
+
+    def take(self, version: int) -> dict[str, Any]:
+        """Ours, until the arrays are there."""
+        assert self._receiver is not None
+        self.arrays.clear()
+        came = self._receiver.take(version, TIMEOUT_S)
+        jax.block_until_ready(list(came.params.values()))
+        self.arrays = dict(came.params)
+        return {"bytes": self._receiver.stats()["bytes"]}
+
+    def check(self) -> dict[str, Any]:
+        """Whether the arrays that came last are right, each bit of them."""
+        wanted = tiles_with_content(self.layout, self.rank)
+        wrong = [
+            self.layout.leaves[number].name
+            for (number, which), tile in wanted.items()
+            if (number, which) not in self.arrays
+            or np.asarray(self.arrays[number, which]).tobytes() != tile.tobytes()
+        ]
+        self.arrays.clear()
+        return {"wrong": wrong}
+
+
+def _rate(work: Callable[[], object]) -> float:
+    work()
+    begin, done = time.monotonic(), 0
+    while time.monotonic() - begin < _PROBE_SECONDS:
+        work()
+        done += _PROBE_BYTES
+    return done / (time.monotonic() - begin)
+
+
+def _answer(rank: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """One request: `do` is a method of the rank, or of one of its subjects."""
+    name = request.pop("do")
+    subject, _, method = name.rpartition(".")
+    owner = getattr(rank, subject) if subject else rank
+    if subject:
+        request["rank"] = rank
+    try:
+        return {"ok": getattr(owner, method)(**request) or {}}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    """Serves until standard input ends."""
+    settings = json.loads(sys.argv[1])
+    kind = Trainer if settings["role"] == "trainer" else Sampler
+    with os.fdopen(settings["answers"], "w") as answers:
+
+        def say(found: dict[str, Any]) -> None:
+            answers.write(json.dumps(found) + "\n")
+            answers.flush()
+
+        try:
+            rank = kind(
+                settings["rank"],
+                settings["nbytes"],
+                settings["counts"],
+                settings["transport"],
+            )
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}"})
+            return
+        say({"ok": rank.addresses()})
+        for line in sys.stdin:
+            say(_answer(rank, json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()

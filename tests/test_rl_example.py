@@ -1,0 +1,72 @@
+"""examples/rl/: two jobs, weights that travel at every step, and rewards that rise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "rl" / "main.py"
+STEPS = 30
+TIMEOUT_S = 200
+
+pytestmark = pytest.mark.example
+pytest.importorskip("flax", reason="the example needs jaxfabric[examples]")
+pytest.importorskip("optax", reason="the example needs jaxfabric[examples]")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that is shorter than the default one; it fails unless the reward rises."""
+    folder = tmp_path_factory.mktemp("rl")
+    numbers, picture = folder / "numbers.json", folder / "picture.png"
+    options = [f"--steps={STEPS}", f"--json={numbers}", f"--picture={picture}"]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), f"--timeout-s={TIMEOUT_S}", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S + 30,
+    )
+    assert result.returncode == 0, result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return json.loads(numbers.read_text()) | {"output": result.stdout}
+
+
+def test_every_step_is_pushed_and_taken(report: dict[str, Any]) -> None:
+    trainers = [report["trainer0"], report["trainer1"]]
+    for trainer in trainers:
+        versions = [push["version"] for push in trainer["pushes"]]
+        assert versions == list(range(1, STEPS + 2))
+        for push in trainer["pushes"][1:]:
+            (receipt,) = push["receipts"].values()
+            assert receipt["verify_s"] >= 0
+            assert 0 < push["transfer_s"] <= push["total_s"]
+    # Both ranks write: neither has gathered what the other one has.
+    sent = [trainer["pushes"][-1]["nbytes"] for trainer in trainers]
+    assert min(sent) > 0.3 * sum(sent)
+    assert trainers[0]["pushes"][-1]["writes"] < 10
+
+
+def test_the_sampler_serves_while_weights_change(report: dict[str, Any]) -> None:
+    batches = report["sampler"]["batches"]
+    versions = [batch["version"] for batch in batches]
+    assert versions == sorted(versions)
+    assert versions[0] == 1
+    assert versions[-1] == STEPS + 1
+    assert len(set(versions)) > STEPS // 3
+    assert report["sampler"]["compiled"] == 1
+    lags = [step["lag"] for step in report["trainer0"]["steps"]]
+    assert 0 <= min(lags) <= max(lags) <= 4
+
+
+def test_both_ranks_learn_the_same(report: dict[str, Any]) -> None:
+    ours, theirs = (report[f"trainer{rank}"]["steps"] for rank in (0, 1))
+    assert [step["loss"] for step in ours] == [step["loss"] for step in theirs]
+    assert np.isfinite([step["loss"] for step in ours]).all()
+    assert "reward: " in report["output"]
