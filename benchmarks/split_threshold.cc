@@ -65,8 +65,9 @@ double SecondsPerWrite(End& from, End& to, uint64_t bytes) {
   const Deadline end = Deadline::AfterSeconds(kSeconds);
   while (!end.Expired()) {
     for (; open < 16; ++open) {
+      const Piece piece = {0, 0, bytes};
       const auto submitted = from.group->SubmitWrite(
-          1, local, remote, {{0, 0, bytes}}, 1, [&](const Status& status) {
+          1, local, remote, {&piece, 1}, 1, [&](const Status& status) {
             JF_CHECK(status.ok());
             --open;
             ++ended;

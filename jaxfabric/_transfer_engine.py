@@ -210,6 +210,26 @@ class TransferEngine(Messages, Writes):
         with native_errors():
             self._native.disconnect(peer)
 
+    def submit_fence(self, timeout_s: float | None = None) -> TransferFuture:
+        """Cuts off what peers that were lost so far may still have under way.
+
+        Once the future is done, nothing that they had posted lands here any more:
+        memory that they knew of may be used for something else. Others pause for some
+        milliseconds, unless nobody was lost since the last fence.
+
+        Raises:
+          FabricError: this transport cannot do it: ``"shm"``, where one waits until
+            the peer's process has ended, and ``"ofi/tcp"`` with libfabric 1.
+
+        Example::
+
+          engine.submit_fence().result()
+          pool.give(pages_of_the_lost_peer)
+        """
+        with native_errors():
+            native = self._native.submit_fence(timeout_s)
+        return self._future(native)
+
     def peers(self) -> dict[int, dict[str, Any]]:
         """The peers there are, with their names and counters."""
         return self.stats()["peers"]
@@ -331,6 +351,7 @@ class TransferEngine(Messages, Writes):
         ``operations``, ``operations_failed``, ``handshakes``; handshakes and messages
         that were refused, by reason (``refused_seal``, ``refused_version``,
         ``refused_replay``, ``refused_other``, ``last_refusal``); what was dropped;
+        ``messages_arrived``, and those that were ``messages_handled``;
         ``nics``, a list, whose ``refused_frames`` came with another version or
         secret; ``peers``, by peer.
         """

@@ -11,6 +11,7 @@ from typing import Any
 from jaxfabric._errors import FabricError, from_status
 
 _SLICE_S = 0.2  # so that Ctrl-C is noticed while a thread waits
+_GOES_ON = -1  # of NativeTransferFuture.wait, beside status codes
 
 
 class TransferFuture:
@@ -25,6 +26,8 @@ class TransferFuture:
       write.result()        # in a thread; raises what went wrong
       await write           # the same under asyncio
     """
+
+    __slots__ = ("__weakref__", "_cancel", "_native", "_value")
 
     def __init__(
         self,
@@ -51,9 +54,10 @@ class TransferFuture:
           TimeoutError: it has not ended within ``timeout_s``; it goes on.
           FabricError: it failed; a DeadlineError, PeerLostError and so on.
         """
-        failure = self.exception(timeout_s)
-        if failure is not None:
-            raise failure
+        if self._native.wait(0.0 if timeout_s is not None else _SLICE_S) != 0:
+            failure = self.exception(timeout_s)
+            if failure is not None:
+                raise failure
         return None if self._value is None else self._value(self._native)
 
     def exception(self, timeout_s: float | None = None) -> FabricError | None:
@@ -61,13 +65,13 @@ class TransferFuture:
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = _SLICE_S if until is None else until - time.monotonic()
-            status = self._native.wait(max(0.0, min(_SLICE_S, left)))
-            if status is not None:
-                code, text = status
-                if code == 0:
-                    return None
+            code = self._native.wait(max(0.0, min(_SLICE_S, left)))
+            if code == 0:
+                return None
+            if code != _GOES_ON:
                 peer = self._native.peer
-                return from_status(code, text, () if peer is None else (peer,))
+                peers = () if peer is None else (peer,)
+                return from_status(code, self._native.failure, peers)
             if until is not None and time.monotonic() >= until:
                 raise TimeoutError(
                     f"{self._native.label}: not done after {timeout_s} s of waiting; "

@@ -6,7 +6,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxfabric._errors import FabricError
+from jaxfabric import _ffi
+from jaxfabric._errors import FabricError, from_native
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_base import TransferBase, native_errors
 from jaxfabric._transfer_future import TransferFuture
@@ -126,27 +127,33 @@ class Writes(TransferBase):
 
           engine.submit_single_write(kv[layer], desc, id=layer, target_offset=4096)
         """
-        key, begin, size = self._locate(source, "submit_single_write")
+        # Small writes are many: what is right costs no call here.
+        if type(source) is Region:
+            key, begin, size = source.key, 0, source.nbytes
+        else:
+            key, begin, size = self._locate(source, "submit_single_write")
         length = max(0, size - source_offset) if nbytes is None else nbytes
-        _check_sizes(
-            "submit_single_write",
-            source_offset=source_offset,
-            target_offset=target_offset,
-            nbytes=length,
-        )
-        _check_range("submit_single_write", source_offset, length, size)
-        with native_errors():
-            return self._future(
-                self._native.submit_single_write(
-                    key,
-                    begin + source_offset,
-                    target.native,
-                    target_offset,
-                    length,
-                    _check_id(id),
-                    timeout_s,
-                )
+        if not 0 <= source_offset <= size - length <= size or target_offset < 0:
+            _check_sizes(
+                "submit_single_write",
+                source_offset=source_offset,
+                target_offset=target_offset,
+                nbytes=length,
             )
+            _check_range("submit_single_write", source_offset, length, size)
+        try:
+            native = self._native.submit_single_write(
+                key,
+                begin + source_offset,
+                target.native,
+                target_offset,
+                length,
+                None if id is None else _check_id(id),
+                timeout_s,
+            )
+        except _ffi.native().StatusError as error:
+            raise from_native(error) from None
+        return TransferFuture(native, self._cancel)
 
     def submit_paged_writes(
         self,

@@ -74,6 +74,33 @@ def is_poison(pool: np.ndarray, of: jf.kv.PageLayout, pages: Sequence[int]) -> b
     return bool((held.view(np.uint8) == POISON).all())
 
 
+class Poisoned:
+    """Watches the pages that a receiver gives out and takes back."""
+
+    def __init__(self, rx: jf.kv.PageReceiver) -> None:
+        self.faults: list[str] = []
+        self.freed = 0
+        pages, of = rx._pages, rx.layout
+        take, give = pages.take, pages.give
+        poison_pages(rx.pool, of, range(of.pages))
+
+        def checked_take(count: int) -> tuple[int, ...]:
+            numbers = take(count)
+            if not is_poison(rx.pool, of, numbers):
+                self.faults.append(f"pages {numbers} were written after they were free")
+            return numbers
+
+        def checked_give(numbers: Any) -> None:
+            poison_pages(rx.pool, of, numbers)
+            self.freed += len(numbers)
+            try:
+                give(numbers)
+            except ValueError as error:
+                self.faults.append(str(error))
+
+        pages.take, pages.give = checked_take, checked_give  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def sides(
     transport: str,

@@ -23,6 +23,7 @@ from jaxfabric._bench import (
     fi_rma_bw,
     figures,
     ib_write_bw,
+    kv,
     put,
     report,
     subjects,
@@ -38,6 +39,7 @@ ALL = [
     for kind in cases.KINDS
     for size in (1 << 10, 1 << 16, 1 << 20)
 ]
+ALL += kv.plan((1 << 10, 1 << 16), 5, window=4)
 SMALL = Case("single", 1 << 10, peers=1, window=4)
 
 # --- The plan ----------------------------------------------------------------
@@ -374,6 +376,26 @@ def test_a_quick_run_over_floors_and_shm(tmp_path: pathlib.Path) -> None:
     assert {row["role"] for row in found["rows"]} == {"floor", "ours"}
     assert "proves nothing about hardware" in text
     assert found["machine"]["processor"] in text
+
+
+def test_pages_of_kv_caches_have_the_sizes_that_were_asked_for(
+    tmp_path: pathlib.Path,
+) -> None:
+    file = tmp_path / "kv.json"
+    text = run_child(
+        *("-m", "jaxfabric._cli", "bench", "kv", "--quick", "--transport", "shm"),
+        *("--subjects", "memcpy,jaxfabric", "--page-sizes", "8KiB,1KiB"),
+        *("--pages", "6", "--json", str(file)),
+    )
+    found = json.loads(file.read_text())
+    assert found["benchmark"] == "kv"
+    assert len(found["rows"]) == 3 * 2  # subjects (ours counted, too), page sizes
+    for row, page in zip(found["rows"], [1 << 10] * 3 + [1 << 13] * 3, strict=True):
+        assert (row["pages"], row["page_bytes"]) == (6, page)
+        assert not row["reason"], row
+        assert f"{6 * row['op_s']:.0f}" in text
+    assert "6 pages of 8 KiB" in text
+    assert "pages/s" in text
 
 
 def test_subjects_follow_the_transports() -> None:

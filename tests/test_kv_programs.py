@@ -15,18 +15,19 @@ from test_docs import blocks
 from transfer_cases import until
 
 import jaxfabric as jf
+from jaxfabric.kv import _send_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def prefill(sender: jf.kv.PageSender) -> Any:
+def prefill(sender: jf.kv.PageSender, send: Any = jf.kv.send_layer) -> Any:
     """A program that sends x + layer as each layer's pages."""
 
     @jax.jit
     def run(x: jax.Array, request: jax.Array, rows: jax.Array, pages: jax.Array) -> Any:
         tok = jf.token()
         for layer in range(3):
-            tok = jf.kv.send_layer(
+            tok = send(
                 *(sender, request, layer, x + layer, rows), pool_pages=pages, token=tok
             )
         return tok
@@ -34,10 +35,19 @@ def prefill(sender: jf.kv.PageSender) -> Any:
     return run
 
 
+def send_through_host(
+    sender: jf.kv.PageSender, request: Any, layer: int, kv: Any, pages: Any, **rest: Any
+) -> Any:
+    """What GPUs do, on the CPU."""
+    operands = (kv, pages, rest["pool_pages"], request, rest["token"])
+    return _send_layer._through_host(*operands, pool=sender.programs().id, layer=layer)
+
+
+@pytest.mark.parametrize("send", [jf.kv.send_layer, send_through_host])
 @pytest.mark.parametrize("transport", ["shm", "ofi/tcp"])
-def test_a_program_sends_layers_of_many_requests(transport: str) -> None:
+def test_a_program_sends_layers_of_many_requests(transport: str, send: Any) -> None:
     with sides(transport, [layout()], [layout()]) as ((tx,), (rx,)):
-        peer, run = connected(tx, rx), prefill(tx)
+        peer, run = connected(tx, rx), prefill(tx, send)
         x = jnp.arange(5 * 2 * 4 * 4 * 8, dtype=jnp.float32).reshape(5, 2, 4, 4, 8)
         for i in range(6):
             request_id = (i << 61) + i
@@ -91,6 +101,21 @@ def test_layers_are_on_their_way_before_the_program_ends() -> None:
         assert (seen[0] == 5).all()
 
 
+def test_a_callback_of_an_outcome_may_send_a_tail() -> None:
+    with sides("shm", [layout()], [layout()]) as ((tx,), (rx,)):
+        peer = connected(tx, rx)
+        sent = [tx.begin(i, peer, pages=[i], num_tokens=4) for i in range(2)]
+        for layer in range(3):
+            sent[1].send(layer)
+        sent[0].add_done_callback(lambda _: sent[1].send_tail(b"late"))
+        request = rx.expect(1, 4)
+        x, at = jnp.zeros((1, 2, 4, 4, 8)), jnp.zeros(1, jnp.int32)
+        for _ in range(2):  # the second one fails the request
+            jax.block_until_ready(jf.kv.send_layer(tx, 0, 0, x, at))
+        request.result(10)
+        assert request.tail == b"late"
+
+
 def test_a_program_that_sends_what_is_not_expected_fails_the_request() -> None:
     with sides("shm", [layout()], [layout()]) as ((tx,), (rx,)):
         peer = connected(tx, rx)
@@ -113,6 +138,22 @@ def test_a_program_that_sends_what_is_not_expected_fails_the_request() -> None:
         operands = (x, at, at, jnp.zeros(2, jnp.uint32), jf.token())
         with pytest.raises(ValueError, match="there is no pool"):
             jax.block_until_ready(send_layer_p.bind(*operands, pool=number, layer=0))
+
+
+def test_bad_pages_are_refused_by_the_host_too() -> None:
+    with sides("shm", [layout()], [layout()]) as ((tx,), _):
+        x, at = jnp.zeros((5, 2, 4, 4, 8)), jnp.zeros(3, jnp.int32)
+        number = tx.programs().id
+        for pages, match in ((at + 24, "the pool has 24"), (at, "there is no pool")):
+            with pytest.raises(Exception, match=match):
+                jax.block_until_ready(
+                    _send_layer._through_host(
+                        *(x, at, pages, jnp.zeros(2, jnp.uint32), jf.token()),
+                        pool=number,
+                        layer=0,
+                    )
+                )
+            tx.close()
 
 
 def test_bad_operands_are_refused() -> None:

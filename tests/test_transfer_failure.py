@@ -83,6 +83,31 @@ def test_who_leaves_may_come_back(pair: Pair) -> None:
     assert len(b.peers()) == 1
 
 
+def test_a_fence_is_refused_where_there_is_none() -> None:
+    with (
+        engine() as a,
+        pytest.raises(jf.FabricError, match="over shm nothing can stop"),
+    ):
+        a.submit_fence()
+
+
+def test_a_fence_after_a_loss_ends_and_others_write_on() -> None:
+    with engine("ofi/tcp") as a, engine("ofi/tcp") as b, engine("ofi/tcp") as c:
+        region = b.alloc(8)
+        first, second = (each.connect(b.address()).result() for each in (a, c))
+        a.submit_single_write(a.alloc(8), region.desc, 1).result()
+        b.imm_counter(1).wait(1)
+        a.disconnect(first)
+        until(lambda: len(b.peers()) == 1)
+        b.submit_fence().result()
+        c.submit_single_write(c.alloc(8), region.desc, 2).result()
+        b.imm_counter(2).wait(1)
+        assert second in c.peers()
+        address = b.address()
+        b.submit_fence().result()  # nobody was lost since
+        assert b.address() == address
+
+
 def test_registered_memory_is_kept_and_let_go() -> None:
     with engine() as a:
         array = np.zeros(1000)

@@ -45,12 +45,14 @@ class Case:
       peers: targets of a scatter; the other kinds write to the first.
       window: operations in flight while the rate is measured, at most. Each has a
         place of its own in memory, a slot.
+      page: length of a page of a paged write; 0 for 16 KiB at most, and four pages.
     """
 
     kind: str
     size: int
     peers: int
     window: int
+    page: int = 0
 
     @property
     def bytes_(self) -> int:
@@ -60,7 +62,7 @@ class Case:
     @property
     def page_bytes(self) -> int:
         """Length of a page of a paged write."""
-        return min(PAGE_BYTES_MAX, self.size // PAGES_MIN)
+        return self.page or min(PAGE_BYTES_MAX, self.size // PAGES_MIN)
 
     @property
     def targets(self) -> int:
@@ -70,6 +72,8 @@ class Case:
     @property
     def label(self) -> str:
         """As in "paged 64 KiB"."""
+        if self.page:
+            return f"{self.size // self.page} pages of {readable(self.page)}"
         return f"{self.kind} {readable(self.size)}"
 
     def target_pages(self) -> np.ndarray:

@@ -122,14 +122,15 @@ def time_alone(end: Initiator, case: Case, effort: Effort) -> list[float]:
 def time_in_flight(end: Initiator, case: Case, effort: Effort) -> tuple[int, float]:
     """How many operations, `case.window` in flight, took how many seconds."""
     flying: collections.deque[Any] = collections.deque()
+    start, finish, window = end.begin, end.finish, case.window
     begun = 0
     begin = time.perf_counter()
     until = begin + effort.seconds
     while begun < effort.least or (begun < effort.most and time.perf_counter() < until):
-        if len(flying) == case.window:
-            end.finish(flying.popleft())
-        flying.append(end.begin(begun % case.window))
+        if len(flying) == window:
+            finish(flying.popleft())
+        flying.append(start(begun % window))
         begun += 1
     while flying:
-        end.finish(flying.popleft())
+        finish(flying.popleft())
     return begun, time.perf_counter() - begin

@@ -101,6 +101,7 @@ class Row:
             "pages": self.case.size // self.case.page_bytes
             if self.case.kind == "paged"
             else None,
+            "page_bytes": self.case.page_bytes if self.case.kind == "paged" else None,
             "targets": self.case.targets,
             "subject": self.subject,
             "role": self.role,

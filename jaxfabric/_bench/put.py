@@ -76,6 +76,7 @@ class Result:
       machine: see `machine.describe`, at the beginning.
       load_after: the machine's load at the end.
       versions: of the libraries, by subject.
+      benchmark: which command's it is.
     """
 
     settings: Settings
@@ -84,6 +85,7 @@ class Result:
     machine_line: str
     load_after: float
     versions: dict[str, dict[str, str]]
+    benchmark: str = "put"
 
     @property
     def duels(self) -> list[Duel]:
@@ -93,7 +95,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Everything, the derived figures included."""
         return {
-            "benchmark": "put",
+            "benchmark": self.benchmark,
             "machine": {**self.machine, "load_after": self.load_after},
             "settings": dataclasses.asdict(self.settings),
             "versions": self.versions,
@@ -163,14 +165,21 @@ def subjects_of(settings: Settings) -> list[Subject]:
     ]
 
 
-def run(settings: Settings, say: Callable[[str], None]) -> Result:
+def run(
+    settings: Settings,
+    say: Callable[[str], None],
+    plan: list[Case] | None = None,
+    benchmark: str = "put",
+) -> Result:
     """Measures everything; a subject that fails has its reason in its rows.
 
     Args:
       say: is told what is done now, a line at a time.
+      plan: the cases; None for those that the settings name.
+      benchmark: name of the command.
     """
     before, line = machine.describe(), machine.line()
-    plan = cases.plan(
+    plan = plan or cases.plan(
         settings.kinds, settings.sizes, peers=settings.peers, window=settings.window
     )
     subjects = subjects_of(settings)
@@ -182,6 +191,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Result:
         machine_line=line,
         load_after=float(machine.describe()["load"] or 0),
         versions={s.name: s.versions for s in subjects if s.versions},
+        benchmark=benchmark,
     )
 
 

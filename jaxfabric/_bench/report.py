@@ -47,7 +47,7 @@ def machine_text(result: Result) -> str:
 
 def _table(case: Case, rows: list[Row]) -> rich.table.Table:
     title = case.label
-    if case.kind == "paged":
+    if case.kind == "paged" and not case.page:
         pages = case.size // case.page_bytes
         title += f", {pages} pages of {readable(case.page_bytes)}"
     elif case.kind == "scatter":
@@ -59,7 +59,10 @@ def _table(case: Case, rows: list[Row]) -> rich.table.Table:
         pad_edge=False,
     )
     table.add_column("subject", min_width=22)
-    for heading in ("medium", "MB/s", "of floor", "op/s", "p50 us", "p99 us"):
+    headings = ["medium", "MB/s", "of floor", "op/s", "p50 us", "p99 us"]
+    if case.page:
+        headings.insert(3, "pages/s")
+    for heading in headings:
         table.add_column(heading, justify="right", min_width=9)
     table.add_column("", overflow="fold")
     for row in rows:
@@ -71,8 +74,9 @@ def _table(case: Case, rows: list[Row]) -> rich.table.Table:
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
     figures = row.figures
+    pages = row.case.size // row.case.page if row.case.page else 0
     if figures is None:
-        return ["-"] * 5
+        return ["-"] * (6 if pages else 5)
     floors = [
         r.figures
         for r in rows
@@ -81,6 +85,7 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
     return [
         f"{figures.mb_s:.1f}",
         f"{figures.mb_s / floors[0].mb_s:.2f}" if floors else "-",
+        *([f"{figures.op_s * pages:.0f}"] if pages else []),
         f"{figures.op_s:.0f}",
         _alone(figures),
         "-" if figures.p99_us is None else f"{figures.p99_us:.1f}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import sys
@@ -11,7 +10,10 @@ from typing import Annotated
 
 import typer
 
+from jaxfabric._cli import _bench_weights
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command(help=_bench_weights.HELP)(_bench_weights.weights)
 
 
 @app.callback()
@@ -156,6 +158,64 @@ def put(
         _plotted(lambda: report.plot(result, plot_file))
 
 
+_KV_HELP = """Writes of KV pages, by page size: pages/s, MB/s, operations/s, p50, p99.
+
+One operation moves the pages of one layer of a request, from pages of the sender's
+pool to shuffled pages of the receiver's. Beside jf.TransferEngine over each transport,
+with and without a count at the receiver (jf.kv counts), stand memcpy page by page into
+shared memory, plain sockets, NIXL (UCX) and Mooncake (TCP), as in `bench put`.
+
+\b
+  jaxfabric bench kv
+  jaxfabric bench kv --page-sizes 16KiB --pages 256 --transport ofi/tcp
+  jaxfabric bench kv --json kv.json --peer-python OTHER_VENV/bin/python
+"""
+
+_PageSizes = Annotated[str, typer.Option(help="Comma-separated.")]
+_Pages = Annotated[int, typer.Option(min=1, max=4096, help="Of one operation.")]
+
+
+@app.command(help=_KV_HELP)
+def kv(
+    transport: _Transports = "shm,ofi/tcp",
+    page_sizes: _PageSizes = "1KiB,8KiB,16KiB,64KiB",
+    pages: _Pages = 64,
+    subjects: _Subjects = None,
+    rounds: _Rounds = 3,
+    seconds: _Seconds = 0.5,
+    window: _Window = 16,
+    nics: _Nics = 1,
+    peer_python: _PeerPython = None,
+    json_file: _JsonFile = None,
+    quick: _Quick = False,
+) -> None:
+    from jaxfabric._bench import case, report
+    from jaxfabric._bench import kv as kv_benchmark
+    from jaxfabric._bench import put as put_benchmark
+
+    try:
+        lengths = tuple(case.parse_size(part) for part in page_sizes.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--page-sizes") from None
+    families = put_benchmark.FAMILIES
+    settings = put_benchmark.Settings(
+        transports=tuple(t.strip() for t in transport.split(",") if t.strip()),
+        subjects=_listed(subjects or ",".join(families), families, "--subjects"),
+        rounds=1 if quick else rounds,
+        seconds=0.01 if quick else seconds,
+        window=window,
+        nics=nics,
+        counted=True,
+        peer_python=peer_python or sys.executable,
+    )
+    result = kv_benchmark.run(
+        settings, lengths, pages, lambda line: typer.echo(line, err=True)
+    )
+    report.show(result)
+    if json_file is not None:
+        report.write_json(result, json_file)
+
+
 _MOE_HELP = """Dispatch and combine inside jit: microseconds, p50 and p99, and floors.
 
 Starts one process for each GPU, or four on CPU, and times chains of dispatch,
@@ -243,8 +303,9 @@ def moe(
         skew=skew,
         seconds=seconds,
         iterations=iterations,
-        decode_length=decode_chain or (20 if on_cpu else 50),
-        prefill_length=prefill_chain or (4 if on_cpu else 20),
+        decode_length=decode_chain or (20 if on_cpu else 60),
+        prefill_length=prefill_chain or (4 if on_cpu else 8),
+        less_short=not on_cpu,
         transport=transport,
     )
     if quick:
@@ -255,13 +316,14 @@ def moe(
         raise typer.BadParameter(str(error)) from None
     os.environ["JAX_PLATFORMS"] = platform  # of the processes that it starts
     code, result = moe_benchmark.run(
-        settings, processes=count, devices_per_process=devices_per_process
+        settings,
+        processes=count,
+        devices_per_process=devices_per_process,
+        json_file=json_file,
     )
     if result is None:
         raise typer.Exit(code or 1)
     moe_report.show(result)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:
         _plotted(lambda: moe_report.plot(result, plot_file))
     raise typer.Exit(code)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from jaxfabric._errors import FabricError
 from jaxfabric._transfer_engine import TransferEngine
-from jaxfabric.kv import _frames
 from jaxfabric.kv._layout import PageLayout
 from jaxfabric.kv._life_cycle import Event, State
 from jaxfabric.kv._pages import FreeList, IdPairs
@@ -41,6 +41,8 @@ class Arrivals:
         self._lock = threading.RLock()
         self._pages = FreeList("pages", layout.pages)
         self._slots = FreeList("tails", tails)
+        # Who waits for one, by peer and request; the first one waits longest.
+        self._on_slot: dict[tuple[int, int], Callable[[], None]] = {}
         self._ids = IdPairs()
         self._requests: dict[int, Receiving] = {}
         self._legs: dict[tuple[int, int], Leg] = {}
@@ -68,12 +70,16 @@ class Arrivals:
             )
             return
         leg.tail = row[TAIL_HEADER.size : TAIL_HEADER.size + nbytes].tobytes()
-        with self._lock:
-            leg.waits.append(
-                self._count(
-                    leg, leg.ids, transfers, lambda error: self._all_came(leg, error)
+        try:
+            with self._lock:
+                leg.waits.append(
+                    self._count(
+                        *(leg, leg.ids, transfers),
+                        lambda error: self._all_came(leg, error),
+                    )
                 )
-            )
+        except FabricError as failure:
+            self._count_failed(leg, failure)
 
     def _all_came(self, leg: Leg, error: FabricError | None) -> None:
         if error is not None:
@@ -121,7 +127,8 @@ class Arrivals:
 
     def _fail_soon(self, request: Receiving, error: FabricError) -> None:
         """Fails it on another thread, for callers that hold the lock."""
-        self._waits.after(0.0, lambda: self._fail(request, error))
+        with contextlib.suppress(FabricError):  # it was closed, which ends it too
+            self._waits.after(0.0, lambda: self._fail(request, error))
 
     def _fail(
         self,
@@ -189,16 +196,10 @@ class Arrivals:
                 ):
                     request._advance(Event.QUIET)
                     self._pages.give(request.pages)
+            while self._on_slot and self._slots.free:
+                self._on_slot.pop(next(iter(self._on_slot)))()
         for request in complete:
             request._resolve(None)
 
-    # --- Messages to senders ---
-
     def _refuse(self, peer: int, leg: int, why: str) -> None:
-        self._tell(peer, "cancel", leg=leg, why=why)
-
-    def _tell(self, peer: int, kind: str, **fields: Any) -> None:
-        try:
-            self.engine.submit_send(peer, _frames.encode(kind, **fields))
-        except FabricError:
-            return  # it is lost, which is noticed elsewhere
+        self._waits.tell(peer, "cancel", leg=leg, why=why)

@@ -8,7 +8,6 @@ from typing import Any
 
 from jaxfabric._errors import FabricError
 from jaxfabric._transfer_engine import TransferEngine
-from jaxfabric.kv import _frames
 from jaxfabric.kv._layout import PageLayout
 from jaxfabric.kv._life_cycle import Event, State
 from jaxfabric.kv._pages import FreeList
@@ -47,12 +46,6 @@ class Deliveries:
         self._bytes, self._bytes_max = 0, bytes_max  # under way
         self._closed = False
 
-    def _tell(self, peer: int, kind: str, **fields: Any) -> None:
-        try:
-            self.engine.submit_send(peer, _frames.encode(kind, **fields))
-        except FabricError:
-            return  # it is lost, which is noticed elsewhere
-
     # --- What is sent, and when ---
 
     def _admit(self) -> None:
@@ -63,7 +56,7 @@ class Deliveries:
             self._fill_tail(request)
             for leg in request._legs:
                 leg.asked = True
-                self._tell(
+                self._waits.tell(
                     *(leg.target.peer, "open"),
                     leg=leg.number,
                     request=request.request_id,
@@ -176,17 +169,11 @@ class Deliveries:
         )
 
     def _expire(self, request: Sending) -> None:
-        with self._lock:
-            state = ", ".join(
-                f"receiver {leg.target.peer} {leg.state.value}, {len(leg.done)} writes "
-                "done"
-                for leg in request._legs
-            )
         self._fail(
             request,
             self._waits.out_of_time(
-                f"send: request {request.request_id}: {state}, after "
-                f"{request.timeout_s} s; does the receiver expect it?",
+                f"send: request {request.request_id}: {request._progress()}; does the "
+                "receiver expect it?",
             ),
         )
 
@@ -252,7 +239,7 @@ class Deliveries:
         well = leg.state is State.COMPLETE
         if well:
             leg.advance(Event.RELEASE)
-        self._tell(
+        self._waits.tell(
             *(leg.target.peer, "end"),
             leg=leg.number,
             well=well,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxfabric._errors import FabricError
 
-VERSION = 1
+VERSION = 2
 _TEXT_CHARS_MAX = 4096
 
 
@@ -39,7 +39,12 @@ def _is_object(value: Any) -> bool:
 # A leg is one sender's part in one request; the sender numbers them.
 _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     # sender to receiver
-    "hello": {"version": _is_u64, "layout": _is_object, "process": _is_object},
+    "hello": {
+        "version": _is_u64,
+        "sender": _is_u64,  # the same whenever it connects
+        "layout": _is_object,
+        "process": _is_object,
+    },
     "open": {"leg": _is_u64, "request": _is_u64, "tokens": _is_u64},
     "end": {
         "leg": _is_u64,

@@ -34,7 +34,8 @@ class PageLayout:
       dtype: name of the dtype of a number, such as ``"bfloat16"``.
       caches: 2 for keys and values; 1 for one latent cache.
       tp_size: processes that share the heads (tensor parallel degree), each with
-        ``heads // tp_size`` of them; sides may differ.
+        ``heads // tp_size`` of them; sides may differ. Of more processes than heads,
+        ``tp_size // heads`` that follow each other hold the same head.
       tp_rank: which of them this is.
       order: the dimensions, outermost first; ``head_size`` is the last one.
 
@@ -73,7 +74,7 @@ class PageLayout:
                 f"PageLayout: tp_rank={self.tp_rank!r} must be at least 0 and below "
                 f"tp_size={self.tp_size}"
             )
-        if self.heads % self.tp_size:
+        if self.heads % self.tp_size and self.tp_size % self.heads:
             raise ValueError(
                 f"PageLayout: heads={self.heads} cannot be shared evenly by "
                 f"tp_size={self.tp_size} processes"
@@ -82,7 +83,7 @@ class PageLayout:
             raise ValueError("PageLayout: model is a string of up to 256 characters")
         try:
             kind = np.dtype(self.dtype)
-        except TypeError:
+        except (TypeError, ValueError, SyntaxError):
             kind = np.dtype(object)
         if kind.hasobject or kind.name != self.dtype:
             raise ValueError(
@@ -101,8 +102,14 @@ class PageLayout:
     @property
     def local_heads(self) -> range:
         """The heads of this process, as numbers of the whole model's."""
-        count = self.heads // self.tp_size
-        return range(self.tp_rank * count, (self.tp_rank + 1) * count)
+        count = max(1, self.heads // self.tp_size)
+        first = self.tp_rank // self.replicas * count
+        return range(first, first + count)
+
+    @property
+    def replicas(self) -> int:
+        """How many processes hold the same heads."""
+        return max(1, self.tp_size // self.heads)
 
     def sizes(self) -> dict[str, int]:
         """The size of each dimension in this process, outermost first."""

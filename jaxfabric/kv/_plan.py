@@ -51,6 +51,13 @@ def check_bridge(sender: PageLayout, receiver: PageLayout) -> None:
             f"{receiver.tp_rank} of {receiver.tp_size}, heads "
             f"{_span(receiver.local_heads)}: none in common; connect others"
         )
+    sources = source_ranks(sender.tp_size, receiver)
+    if sender.tp_rank not in sources:
+        raise PlanMismatchError(
+            f"jf.kv: tp_rank {sender.tp_rank} of {sender.tp_size} senders holds the "
+            f"same heads as others; tp_rank {receiver.tp_rank} of {receiver.tp_size} "
+            f"receivers gets them from {list(sources)}: connect those (source_ranks)"
+        )
 
 
 def shared_heads(sender: PageLayout, receiver: PageLayout) -> range:
@@ -60,14 +67,20 @@ def shared_heads(sender: PageLayout, receiver: PageLayout) -> range:
 
 
 def source_ranks(tp_size: int, receiver: PageLayout) -> tuple[int, ...]:
-    """Which of ``tp_size`` senders have heads of this receiver's.
+    """Which of ``tp_size`` senders send to this receiver: they have heads of its.
+
+    Where several senders hold the same head, one of them sends it; receivers that
+    hold the same head get it from different ones, if they can.
 
     Example::
 
       source_ranks(2, layout_of_one)      # (0, 1): both must send
     """
-    each = receiver.heads // tp_size
     heads = receiver.local_heads
+    if tp_size > receiver.heads:
+        replicas = tp_size // receiver.heads
+        return tuple(head * replicas + receiver.tp_rank % replicas for head in heads)
+    each = receiver.heads // tp_size
     return tuple(range(heads.start // each, (heads.stop - 1) // each + 1))
 
 

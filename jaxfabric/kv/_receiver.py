@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -15,20 +14,21 @@ from jaxfabric.kv._life_cycle import Event, State
 from jaxfabric.kv._peer_process import PeerProcess
 from jaxfabric.kv._plan import check_bridge, source_ranks
 from jaxfabric.kv._receiving import Leg, Receiving
+from jaxfabric.kv._strays import Strays
 from jaxfabric.kv._waits import is_u64
 
 _PARKED_MAX = 4096  # asked for by one peer, and not expected yet
-_DEATHS_S = (0.05, 0.5, 5.0)  # a killed process takes a moment until it is gone
 
 
 @dataclasses.dataclass
 class _Sender:
     """A PageSender that has said hello."""
 
+    number: int  # as it calls itself, however often it connects
     layout: PageLayout
     process: PeerProcess
+    # Asked for, and not expected yet or without room for a tail: leg, tokens.
     parked: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    said_bye: bool = False
 
 
 class PageReceiver(Arrivals):
@@ -41,9 +41,9 @@ class PageReceiver(Arrivals):
 
     Pages never go to another request while a write may still land in them: after a
     cancel, a deadline or the loss of a sender they wait until the sender has said
-    that it is done with them, or its process has ended (over ``"shm"``). Over a
-    network nothing proves that of a sender that was lost: such pages stay out of use,
-    and `stats` counts them.
+    that it is done with them. One that was lost says nothing: it is cut off from this
+    host (over a network), or its process has ended (over ``"shm"``). Where neither can
+    be had, as over libfabric 1, its pages stay out of use, and `stats` counts them.
 
     Args:
       engine: a TransferEngine of this receiver's own: it takes all its messages, and
@@ -83,7 +83,7 @@ class PageReceiver(Arrivals):
         super().__init__(engine, layout, pool, tail_bytes=tail_bytes, tails=tails)
         self._descs = (self._memory.region.desc, self._tails.desc)
         self._senders: dict[int, _Sender] = {}
-        self._strays: list[tuple[PeerProcess, list[Leg]]] = []
+        self._strays = Strays(self._waits, engine.transport != "shm", self._quieten)
         self._closed = False
         self._waits.listen(self._on_message)
 
@@ -112,7 +112,7 @@ class PageReceiver(Arrivals):
         if num_tokens < 1:
             raise ValueError(f"expect: num_tokens={num_tokens} must be 1 or more")
         limit_s = self.engine.timeout_s if timeout_s is None else float(timeout_s)
-        self._free_strays()
+        self._strays.look()
         with self._lock:
             if self._closed or request_id in self._requests:
                 why = "the PageReceiver is closed" if self._closed else "is expected"
@@ -123,20 +123,18 @@ class PageReceiver(Arrivals):
             self._unwanted.pop(request_id, None)
             request._timer = self._waits.after(limit_s, lambda: self._expire(request))
             for peer, sender in self._senders.items():
-                if request_id in sender.parked:
-                    leg, tokens = sender.parked.pop(request_id)
-                    self._open(peer, sender, leg, request_id, tokens)
+                self._open_parked(peer, sender, request_id)
         return request
 
     def stats(self) -> dict[str, int]:
         """Pages ``free``, ``draining`` (until a sender has answered), ``stray``.
 
         Stray pages are those of senders that were lost, and of which it is not known
-        whether they still write; they stay out of use.
+        (yet) that they write no more.
         """
-        self._free_strays()
+        self._strays.look()
         with self._lock:
-            stray = {leg.receiving for _, legs in self._strays for leg in legs}
+            stray = {leg.receiving for leg in self._strays.legs() if not leg.quiet}
             busy = {leg.receiving for leg in self._legs.values()}
             draining = {r for r in busy - stray if r.state is State.DRAINING}
             return {
@@ -160,14 +158,11 @@ class PageReceiver(Arrivals):
             requests = list(self._requests.values())
         for request in requests:
             self._cancel(request)
+        self._strays.close()
         self._waits.close()
         with self._lock:
-            for process in [
-                *(sender.process for sender in self._senders.values()),
-                *(process for process, _ in self._strays),
-            ]:
-                process.close()
-            self._strays.clear()
+            for sender in self._senders.values():
+                sender.process.close()
 
     def __enter__(self) -> PageReceiver:
         return self
@@ -181,7 +176,7 @@ class PageReceiver(Arrivals):
         try:
             kind, fields = _frames.decode(data)
         except FabricError as error:
-            self._tell(peer, "refuse", why=str(error))
+            self._waits.tell(peer, "refuse", why=str(error))
             return
         if kind == "hello":
             self._hello(peer, fields)
@@ -195,7 +190,7 @@ class PageReceiver(Arrivals):
                 return
             legs = [leg for (owner, _), leg in self._legs.items() if owner == peer]
             if kind == "bye":
-                sender.said_bye = True
+                sender.parked.clear()
         if kind == "bye":
             for leg in legs:
                 if not leg.ended:
@@ -221,22 +216,26 @@ class PageReceiver(Arrivals):
             layout = PageLayout.from_json(fields["layout"])
             check_bridge(layout, self.layout)
         except FabricError as error:
-            self._tell(peer, "refuse", why=str(error))
+            self._waits.tell(peer, "refuse", why=str(error))
             return
         process = PeerProcess(
             fields["process"] if self.engine.transport == "shm" else {}
         )
+        self._strays.came_back(fields["sender"])
         with self._lock:
-            if self._closed:
+            known = self._senders.get(peer)
+            if self._closed or (known and known.number == fields["sender"]):
                 process.close()
-                return
-            if peer in self._senders:
-                process.close()
-            else:
-                self._senders[peer] = _Sender(layout, process)
-                self._waits.watch(peer, lambda error: self._lost(peer, error))
+                if self._closed:
+                    return
+            else:  # a new one, or the engine's next: each has legs of its own
+                self._senders[peer] = _Sender(fields["sender"], layout, process)
+                if known is None:
+                    self._waits.watch(peer, lambda error: self._lost(peer, error))
+                else:
+                    known.process.close()
         pool, tails = (desc.to_bytes().hex() for desc in self._descs)
-        self._tell(
+        self._waits.tell(
             peer,
             "welcome",
             layout=self.layout.to_json(),
@@ -258,6 +257,9 @@ class PageReceiver(Arrivals):
             else:
                 self._refuse(peer, number, f"{_PARKED_MAX} requests wait here")
             return
+        if (peer, number) in self._legs:
+            self._refuse(peer, number, f"leg {number} was opened twice")
+            return
         layout = sender.layout
         if tokens != request.num_tokens:
             why = (
@@ -273,29 +275,44 @@ class PageReceiver(Arrivals):
                 peer, number, f"request {request_id} has another sender already"
             )
             return
+        if not self._slots.free:
+            sender.parked[request_id] = (number, tokens)
+            self._on_slot[peer, request_id] = lambda: self._open_parked(
+                peer, sender, request_id
+            )
+            return
         try:
             ids = self._ids.take()
         except FabricError as error:
             self._refuse(peer, number, str(error))
             return
+        (slot,) = self._slots.take(1)
+        leg = Leg(peer, number, request, ids, slot)
         try:
-            (slot,) = self._slots.take(1)
+            leg.waits.append(
+                self._count(
+                    *(leg, leg.ids + 1, 1), lambda error: self._tail_came(leg, error)
+                )
+            )
         except FabricError as error:
+            self._slots.give([slot])
             self._ids.give(ids, clean=True)
             self._refuse(peer, number, str(error))
             return
-        leg = Leg(peer, number, request, ids, slot)
         request._source_tp_size = layout.tp_size
         request._sources = source_ranks(layout.tp_size, self.layout)
         request._legs[layout.tp_rank] = self._legs[peer, number] = leg
         if request.state is State.WAITING:
             request._advance(Event.GRANTED)
-        leg.waits.append(
-            self._count(leg, leg.ids + 1, 1, lambda error: self._tail_came(leg, error))
-        )
-        self._tell(
+        self._waits.tell(
             *(peer, "grant"), leg=number, pages=request.pages, id=leg.ids, slot=slot
         )
+
+    def _open_parked(self, peer: int, sender: _Sender, request_id: int) -> None:
+        """Opens what has waited, if it is still asked for. Needs the lock."""
+        if self._senders.get(peer) is sender and request_id in sender.parked:
+            leg, tokens = sender.parked.pop(request_id)
+            self._open(peer, sender, leg, request_id, tokens)
 
     # --- Senders that are gone ---
 
@@ -307,26 +324,21 @@ class PageReceiver(Arrivals):
             legs = [leg for (owner, _), leg in self._legs.items() if owner == peer]
         # Those that it had ended well are counted soon, or run into their deadline.
         open_legs = [leg for leg in legs if not leg.ended]
-        for leg in open_legs:
-            self._fail(leg.receiving, PeerLostError(str(error), (peer,)))
-        if not open_legs or sender.said_bye or sender.process.ended():
+        for request in {leg.receiving for leg in open_legs}:
+            text = (
+                f"expect: request {request.request_id}: its sender was lost: {error}; "
+                f"{request._progress()}; expect it again, for another sender"
+            )
+            self._fail(request, PeerLostError(text, (peer,)))
+        if not open_legs or sender.process.ended():
             sender.process.close()
             self._quieten(open_legs)
             return
-        with self._lock:
-            self._strays.append((sender.process, open_legs))
-        with contextlib.suppress(FabricError):  # the engine was closed
-            for pause_s in _DEATHS_S:
-                self._waits.after(pause_s, self._free_strays)
-
-    def _free_strays(self) -> None:
-        """A sender that hung may have ended since it was lost."""
-        with self._lock:
-            ended = [entry for entry in self._strays if entry[0].ended()]
-            self._strays = [entry for entry in self._strays if entry not in ended]
-        for process, legs in ended:
-            process.close()
-            self._quieten(legs)
+        self._strays.add(sender.number, sender.process, open_legs)
+        with self._lock:  # it may have said hello again before this was handled
+            back = any(s.number == sender.number for s in self._senders.values())
+        if back:
+            self._strays.came_back(sender.number)
 
 
 _OPEN = ("leg", "request", "tokens")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from jaxfabric.kv._life_cycle import Event, State, advance
 from jaxfabric.kv._outcome import Outcome
 
-if TYPE_CHECKING:
-    from jaxfabric.kv._receiver import PageReceiver
+
+class Owner(Protocol):
+    """What a request needs of its PageReceiver."""
+
+    def _cancel(self, request: Receiving) -> bool: ...
+
+    def _release(self, request: Receiving) -> None: ...
 
 
 class Receiving(Outcome):
@@ -35,7 +40,7 @@ class Receiving(Outcome):
 
     def __init__(
         self,
-        owner: PageReceiver,
+        owner: Owner,
         request_id: int,
         num_tokens: int,
         pages: tuple[int, ...],

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.experimental import io_callback
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jaxfabric import _ffi
 from jaxfabric._primitives import _call
+from jaxfabric.kv._programs import find_programs
 from jaxfabric.kv._sender import PageSender
 from jaxfabric.kv._waits import is_u64
+
+_OP = "jf.kv.send_layer"
 
 
 def request_operand(request_id: int) -> npt.NDArray[np.uint32]:
@@ -42,7 +46,8 @@ def send_layer(
 
     The copy is done when the program goes on; the writes begin then, and are under way
     while it computes what follows. The request must have begun (`PageSender.begin`).
-    Its tail is sent when the program has ended.
+    Its tail is sent when the program has ended. On a GPU the pages come to the host
+    by a callback of JAX's, for which the stream waits.
 
     Args:
       sender: a PageSender, whose layout's order begins with ``"layers", "pages"``.
@@ -75,38 +80,49 @@ def send_layer(
                                      pool_pages=pages, token=tok)
           return x, tok
     """
-    op = "jf.kv.send_layer"
-    if not isinstance(sender, PageSender):
-        raise TypeError(f"{op}: sender is a {type(sender).__name__}, not a PageSender")
-    layout = sender.layout
     kv, pages = jnp.asarray(kv), jnp.asarray(pages)
     target = pages if pool_pages is None else jnp.asarray(pool_pages)
-    if kv.dtype != layout.numpy_dtype or kv.shape[1:] != layout.shape[2:]:
-        raise TypeError(
-            f"{op}: kv is {kv.dtype}{list(kv.shape)}, and pages of the sender are "
-            f"{layout.dtype}[P, {', '.join(map(str, layout.shape[2:]))}]"
-        )
-    for name, index in (("pages", pages), ("pool_pages", target)):
-        if index.ndim != 1 or index.dtype != jnp.int32 or index.shape != pages.shape:
-            raise TypeError(
-                f"{op}: {name} must be int32[{pages.size}], one entry per page, got "
-                f"{index.dtype}{list(index.shape)}"
-            )
-    if not 0 <= layer < layout.layers:
-        raise ValueError(f"{op}: layer={layer} is not in 0 to {layout.layers - 1}")
     if isinstance(request, int):
         request = jnp.asarray(request_operand(request))
-    if request.shape != (2,) or request.dtype != jnp.uint32:
-        raise TypeError(
-            f"{op}: request must be uint32[2], from jf.kv.request_operand(id), got "
-            f"{request.dtype}{list(request.shape)}"
-        )
-    token = _call.checked_token(op, token)
+    _check(sender, request, layer, kv, pages, target)
+    token = _call.checked_token(_OP, token)
     return send_layer_p.bind(
         *(kv, pages, target, request, token),
         pool=sender.programs().id,
         layer=int(layer),
     )
+
+
+def _check(
+    sender: PageSender,
+    request: jax.Array,
+    layer: int,
+    kv: jax.Array,
+    pages: jax.Array,
+    target: jax.Array,
+) -> None:
+    """Raises what `send_layer` raises."""
+    if not isinstance(sender, PageSender):
+        raise TypeError(f"{_OP}: sender is a {type(sender).__name__}, not a PageSender")
+    layout = sender.layout
+    if kv.dtype != layout.numpy_dtype or kv.shape[1:] != layout.shape[2:]:
+        raise TypeError(
+            f"{_OP}: kv is {kv.dtype}{list(kv.shape)}, and pages of the sender are "
+            f"{layout.dtype}[P, {', '.join(map(str, layout.shape[2:]))}]"
+        )
+    for name, index in (("pages", pages), ("pool_pages", target)):
+        if index.ndim != 1 or index.dtype != jnp.int32 or index.shape != pages.shape:
+            raise TypeError(
+                f"{_OP}: {name} must be int32[{pages.size}], one entry per page, got "
+                f"{index.dtype}{list(index.shape)}"
+            )
+    if not 0 <= layer < layout.layers:
+        raise ValueError(f"{_OP}: layer={layer} is not in 0 to {layout.layers - 1}")
+    if request.shape != (2,) or request.dtype != jnp.uint32:
+        raise TypeError(
+            f"{_OP}: request must be uint32[2], from jf.kv.request_operand(id), got "
+            f"{request.dtype}{list(request.shape)}"
+        )
 
 
 def _lower(ctx: Any, *operands: Any, pool: int, layer: int) -> Any:
@@ -115,11 +131,42 @@ def _lower(ctx: Any, *operands: Any, pool: int, layer: int) -> Any:
     return rule(ctx, *operands, pool=np.int64(pool), layer=np.int64(layer))
 
 
+def _through_host(
+    kv: jax.Array,
+    pages: jax.Array,
+    target: jax.Array,
+    request: jax.Array,
+    token: jax.Array,
+    *,
+    pool: int,
+    layer: int,
+) -> jax.Array:
+    """The same where the operands do not lie in host memory."""
+
+    def put(rows: Any, target: Any, request: Any, token: Any) -> Any:
+        low, high = np.asarray(request).tolist()
+        find_programs(pool).put(
+            high << 32 | low, layer, np.asarray(rows), np.asarray(target)
+        )
+        return np.asarray(token)
+
+    rows = kv[jnp.clip(pages, 0, kv.shape[0] - 1)]  # no more leaves the device
+    target = jnp.where(pages < 0, -1, target)
+    like = jax.ShapeDtypeStruct(token.shape, token.dtype)
+    result: jax.Array = io_callback(put, like, rows, target, request, token)
+    return result
+
+
 send_layer_p = Primitive("jaxfabric_send_layer")
 send_layer_p.def_impl(jax.jit(send_layer_p.bind, static_argnames=("pool", "layer")))
 send_layer_p.def_abstract_eval(
     lambda kv, pages, target, request, token, pool, layer: token
 )
 mlir.register_lowering(send_layer_p, _lower, platform="cpu")
-_call.refuse_derivative(send_layer_p, "jf.kv.send_layer")
-_call.refuse_vmap(send_layer_p, "jf.kv.send_layer")
+mlir.register_lowering(
+    send_layer_p,
+    mlir.lower_fun(_through_host, multiple_results=False),
+    platform="cuda",
+)
+_call.refuse_derivative(send_layer_p, _OP)
+_call.refuse_vmap(send_layer_p, _OP)

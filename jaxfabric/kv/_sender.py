@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -74,8 +75,10 @@ class PageSender(Targets):
         self._tail_bytes = tail_bytes
         self._whole_tokens = whole_tokens
         self._waiting_max = waiting
-        self._next_leg = 0
+        # Not where another sender of this engine has begun: legs of it may linger.
+        self._next_leg = secrets.randbits(62)
         self._programs: Programs | None = None
+        self._left = False  # said bye
         self._waits.listen(self._on_message)
 
     def begin(
@@ -195,8 +198,9 @@ class PageSender(Targets):
 
           sender.send_tail(7, hidden.tobytes())
         """
-        if self._programs is not None:
-            self._programs.send_noted()
+        programs = self._programs
+        if programs is not None:
+            programs.send_noted()
         with self._lock:
             request = self._live(request_id, "send_tail")
             missing = request._missing(self.layout.layers)
@@ -247,25 +251,29 @@ class PageSender(Targets):
 
         Raises:
           TimeoutError: writes did not end within ``timeout_s`` (``None``: the
-            engine's).
+            engine's); it has not taken leave then, so call it again.
         """
         limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
         with self._lock:
-            if self._closed:
+            if self._left:
                 return
             self._closed = True
             requests = list(self._requests.values())
-        if self._programs is not None:
-            self._programs.close()
+            programs, self._programs = self._programs, None
+        if programs is not None:
+            programs.close()
         for request in requests:
             self._cancel(request)
         until = time.monotonic() + limit_s
         for request in requests:
             request.exception(max(0.0, until - time.monotonic()))
         with self._lock:
+            if self._left:
+                return
+            self._left = True
             targets = list(self._targets.values())
         for target in targets:
-            self._tell(target.peer, "bye")
+            self._waits.tell(target.peer, "bye")
         self._end_connecting()
         self._waits.close()
         if not self.engine.closed:

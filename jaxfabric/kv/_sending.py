@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import time
+from typing import Any, Protocol
 
 from jaxfabric._errors import FabricError
 from jaxfabric._net_addr import MrDesc
@@ -11,8 +12,19 @@ from jaxfabric.kv._layout import PageLayout
 from jaxfabric.kv._life_cycle import Event, State, advance
 from jaxfabric.kv._outcome import Outcome
 
-if TYPE_CHECKING:
-    from jaxfabric.kv._sender import PageSender
+
+class Owner(Protocol):
+    """What a request needs of its PageSender."""
+
+    def send(
+        self, request_id: int, layer: int, tokens: tuple[int, int] | None = None
+    ) -> None:
+        """See `PageSender.send`."""
+
+    def send_tail(self, request_id: int, data: bytes = b"") -> None:
+        """See `PageSender.send_tail`."""
+
+    def _cancel(self, request: Sending) -> bool: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +111,7 @@ class Sending(Outcome):
 
     def __init__(
         self,
-        owner: PageSender,
+        owner: Owner,
         request_id: int,
         num_tokens: int,
         pages: tuple[int, ...],
@@ -118,18 +130,35 @@ class Sending(Outcome):
         self._tail: bytes | None = None
         self._timer: Any = None
         self._failure: FabricError | None = None
+        self._begin = time.monotonic()
 
     def send(self, layer: int, tokens: tuple[int, int] | None = None) -> None:
         """The same as `PageSender.send`."""
+        self._check()
         self._owner.send(self.request_id, layer, tokens)
 
     def send_tail(self, data: bytes = b"") -> None:
         """The same as `PageSender.send_tail`."""
+        self._check()
         self._owner.send_tail(self.request_id, data)
 
     def cancel(self) -> bool:
         """Gives it up; ``False`` if it has ended. The receivers are told."""
         return self._owner._cancel(self)
+
+    def _check(self) -> None:
+        if self._failure is not None:  # its id may be another request's by now
+            raise self._failure
+
+    def _progress(self) -> str:
+        """For messages: how long, and what was written."""
+        state = ", ".join(
+            f"receiver {leg.target.peer} {leg.state.value}, {len(leg.done)} writes done"
+            for leg in self._legs
+        )
+        return (
+            f"{state}, {time.monotonic() - self._begin:.1f} s into {self.timeout_s} s"
+        )
 
     def _add(self, layer: int, first: int, last: int) -> None:
         """Notes that these tokens of a layer are sent; each once."""

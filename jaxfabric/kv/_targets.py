@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxfabric.kv._plan import check_bridge, plan_copies
 from jaxfabric.kv._pool import TAIL_HEADER
 from jaxfabric.kv._sending import Leg, Target
 
+_PAUSE_S = 0.01  # then it is looked again whether writes have ended
+
 
 class Targets(Deliveries):
     """The part of a PageSender that connects, and hears what receivers say."""
@@ -31,6 +34,7 @@ class Targets(Deliveries):
         super().__init__(*args, **kwargs)
         self._targets: dict[int, Target] = {}
         self._connecting: dict[int, list[Outcome]] = {}
+        self._number = secrets.randbits(64)
 
     def connect(
         self, address: NetAddr | bytes, timeout_s: float | None = None
@@ -61,22 +65,46 @@ class Targets(Deliveries):
         return outcome
 
     def _greet(self, peer: int, outcome: Outcome, left_s: float) -> None:
+        try:
+            self._greet_or_wait(peer, outcome, left_s)
+        except FabricError as error:  # the engine was closed
+            outcome._resolve(None, error)
+
+    def _greet_or_wait(self, peer: int, outcome: Outcome, left_s: float) -> None:
+        alive = self.engine.peers()
         with self._lock:
             closed, known = self._closed, peer in self._targets
-            if not closed and not known:
+            # Those who greet say that nothing of an earlier connection is under way.
+            busy = any(
+                leg.under_way and leg.target.peer not in alive
+                for leg in self._legs.values()
+            )
+            if not closed and not known and not busy:
                 self._connecting.setdefault(peer, []).append(outcome)
         if closed or known:
             outcome._resolve(peer, self._closed_error() if closed else None)
+            return
+        if busy and left_s <= 0:
+            why = DeadlineError(
+                "connect: writes to a receiver that was lost are still under way; "
+                "connect again, or give a larger timeout_s"
+            )
+            outcome._resolve(None, why)
+            return
+        if busy:
+            later = left_s - _PAUSE_S
+            self._waits.after(_PAUSE_S, lambda: self._greet(peer, outcome, later))
             return
         why = DeadlineError(
             f"connect: no PageReceiver answered in time at peer {peer}; is it a "
             "PageReceiver's address?"
         )
         self._waits.after(left_s, lambda: outcome._resolve(None, why))
-        self._tell(
+        self._waits.tell(
             peer,
             "hello",
             version=_frames.VERSION,
+            sender=self._number,
             layout=self.layout.to_json(),
             process=this_process(),
         )
@@ -132,7 +160,11 @@ class Targets(Deliveries):
                 leg.sending for leg in self._legs.values() if leg.target.peer == peer
             }
         for request in requests:
-            self._fail(request, PeerLostError(str(error), (peer,)))
+            text = (
+                f"send: request {request.request_id}: its receiver was lost: {error}; "
+                f"{request._progress()}; connect to its successor, and begin it again"
+            )
+            self._fail(request, PeerLostError(text, (peer,)))
 
     # --- Messages, on a thread of the engine's ---
 
@@ -142,7 +174,7 @@ class Targets(Deliveries):
         except FabricError as error:
             kind, fields = "refuse", {"why": str(error)}
         if kind == "hello":
-            self._tell(
+            self._waits.tell(
                 peer, "refuse", why="the peer is a PageSender, not a PageReceiver"
             )
         elif kind == "welcome":

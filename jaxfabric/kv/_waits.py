@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import threading
 import time
@@ -12,11 +13,15 @@ from typing import Any
 
 from jaxfabric._errors import DeadlineError, FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.kv import _frames
 from jaxfabric.kv._pages import IDS_END
 
 _FOREVER_S = 1e9
 _TIMERS_BEGIN = IDS_END - (1 << 25)  # legs have those below
 _CALLBACKS_S = 10.0
+_LOOK_S = 2e-3
+
+_log = logging.getLogger("jaxfabric")
 
 # An engine has one callback for messages; two owners would take each other's.
 _claimed: weakref.WeakSet[TransferEngine] = weakref.WeakSet()
@@ -62,9 +67,21 @@ class Waits:
         self._live: set[Wait] = set()
         self._timers = itertools.count()
 
+    @property
+    def engine_closed(self) -> bool:
+        """Whether nothing can land any more, and nothing be waited for."""
+        return self._engine.closed
+
     def listen(self, callback: Callable[[int, bytes], object]) -> None:
         """Takes all messages of the engine; also those that have come already."""
         self._engine.submit_recvs(callback)
+
+    def tell(self, peer: int, kind: str, **fields: Any) -> None:
+        """Sends one of `_frames`."""
+        try:
+            self._engine.submit_send(peer, _frames.encode(kind, **fields))
+        except FabricError:
+            return  # it is lost, which is noticed elsewhere
 
     def count(
         self,
@@ -73,17 +90,35 @@ class Waits:
         timeout_s: float,
         callback: Callable[[FabricError | None], object],
     ) -> Wait:
-        """Calls with ``None`` once they have come, else with the reason."""
+        """Calls with ``None`` once they have come, else with the reason.
+
+        Raises:
+          FabricError: nothing can be waited for; it does not call then.
+        """
 
         def done(error: FabricError | None) -> bool:
             callback(error)
             return True
 
         wait = Wait()
-        try:
-            self._expect(wait, done, id, transfers, timeout_s=timeout_s)
-        except FabricError as error:
+        self._expect(wait, done, id, transfers, timeout_s=timeout_s)
+        return wait
+
+    def fence(
+        self, timeout_s: float, callback: Callable[[FabricError | None], object]
+    ) -> Wait:
+        """Calls with ``None`` once peers lost so far are cut off, else the reason.
+
+        Raises:
+          FabricError: it cannot be asked for; it does not call then.
+        """
+
+        def done(error: FabricError | None) -> bool:
             callback(error)
+            return True
+
+        wait = Wait()
+        self._track(wait, done, self._engine.submit_fence(timeout_s))
         return wait
 
     def after(self, timeout_s: float, callback: Callable[[], object]) -> Wait:
@@ -108,15 +143,33 @@ class Waits:
         return DeadlineError(what)
 
     def watch(self, peer: int, callback: Callable[[FabricError], object]) -> Wait:
-        """Calls once ``peer`` is lost."""
+        """Calls once ``peer`` is lost, and what it had said before is handled."""
 
         def done(error: FabricError | None) -> bool:
             if isinstance(error, PeerLostError):
-                callback(error)
+                self._after_messages(lambda: callback(error))
                 return True
             return self._engine.closed
 
         return self._never(done, lambda: {"peers": [peer], "timeout_s": _FOREVER_S})
+
+    def _after_messages(self, callback: Callable[[], object]) -> None:
+        """Calls once the messages that are here now have been handled."""
+        here: int | None = None
+
+        def look() -> None:
+            nonlocal here
+            try:
+                stats = self._engine.stats()
+                here = stats["messages_arrived"] if here is None else here
+                if stats["messages_handled"] < here:
+                    self.after(_LOOK_S, look)
+                    return
+            except FabricError:  # it was closed
+                return
+            callback()
+
+        look()
 
     def close(self) -> None:
         """Cancels all of them, and waits for callbacks that are under way."""
@@ -133,7 +186,12 @@ class Waits:
             return all(wait.thread == here for wait in self._live)
 
         with self._changed:
-            self._changed.wait_for(all_back, _CALLBACKS_S)
+            if not self._changed.wait_for(all_back, _CALLBACKS_S):
+                _log.warning(
+                    "jf.kv: a callback of an outcome has not returned for %g s; close "
+                    "goes on without it",
+                    _CALLBACKS_S,
+                )
 
     def _never(
         self,
@@ -172,7 +230,11 @@ class Waits:
         **options: Any,
     ) -> None:
         future = self._engine.expect_imm_count(id, transfers, **options)
+        self._track(wait, ended, future)
 
+    def _track(
+        self, wait: Wait, ended: Callable[[FabricError | None], bool], future: Any
+    ) -> None:
         def done(over: Any) -> None:
             finished = True
             wait.thread = threading.get_ident()

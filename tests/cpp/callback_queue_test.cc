@@ -24,7 +24,8 @@ TEST(CallbackQueueTest, ThousandsThatEndAtOnceNeedFewThreads) {
   std::vector<TransferFuturePtr> futures;
   std::atomic<int> called{0};
   for (int i = 0; i < kFutures; ++i) {
-    futures.push_back(std::make_shared<TransferFuture>("an operation", i));
+    futures.push_back(
+        std::make_shared<TransferFuture>(std::string("an operation"), i, 0));
     futures.back()->OnDone(
         [&](const Status&) { called.fetch_add(1, std::memory_order_relaxed); });
   }

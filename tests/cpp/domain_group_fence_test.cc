@@ -55,7 +55,7 @@ class Flow {
     const uint64_t split = seeded_.Below(kSlotBytes);
     const auto submitted = from_.group->SubmitWrite(
         peer_, from_.local, to_.remote,
-        {{at, at, split}, {at + split, at + split, kSlotBytes - split}},
+        Pieces{{at, at, split}, {at + split, at + split, kSlotBytes - split}},
         IdOf(slot), [this, at](const Status& status) {
           EXPECT_TRUE(status.ok()) << status.message();
           std::memset(from_.source() + at, static_cast<int>(kSpent),
@@ -338,7 +338,8 @@ TEST_F(DomainGroupFenceTest, TheLastLinkTakesThePeerAlong) {
   std::vector<Status> ended;
   for (uint32_t id = 0; id < 20; ++id) {
     ASSERT_TRUE(a->group
-                    ->SubmitWrite(1, a->local, b->remote, {{0, 0, 4096}}, id,
+                    ->SubmitWrite(1, a->local, b->remote, Pieces{{0, 0, 4096}},
+                                  id,
                                   [&](const Status& s) { ended.push_back(s); })
                     .ok());
   }
@@ -360,7 +361,8 @@ TEST_F(DomainGroupFenceTest, WithoutAFenceTheOutcomeIsUnknownAndItsIdIsNot) {
   Open(2, 2, options);
   std::vector<Status> ended;
   const auto submit = [&](uint32_t id) {
-    return a->group->SubmitWrite(1, a->local, b->remote, {{0, 0, 4096}}, id,
+    return a->group->SubmitWrite(1, a->local, b->remote, Pieces{{0, 0, 4096}},
+                                 id,
                                  [&](const Status& s) { ended.push_back(s); });
   };
   ASSERT_TRUE(submit(7).ok());
@@ -411,7 +413,7 @@ TEST_F(DomainGroupFenceTest, APeerThatNeverSaysWhatItHolds) {
   Open(2, 2, Fencing(6));
   std::vector<Status> ended;
   ASSERT_TRUE(a->group
-                  ->SubmitWrite(1, a->local, b->remote, {{0, 0, 8192}}, 1,
+                  ->SubmitWrite(1, a->local, b->remote, Pieces{{0, 0, 8192}}, 1,
                                 [&](const Status& s) { ended.push_back(s); })
                   .ok());
   Cut(1, {.may_land = true});

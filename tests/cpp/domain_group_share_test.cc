@@ -138,8 +138,9 @@ TEST(DomainGroupShareTest, SmallTransfersGoWholeToTheLeastLoaded) {
 
 TEST(DomainGroupShareTest, ASmallTransferDoesNotWaitForALargeOne) {
   Paced paced({100e6, 100e6}, 2, 64 * kMiB);
-  const auto large = paced.from.group->SubmitWrite(
-      1, paced.from.local, paced.to.remote, {{0, 0, 64 * kMiB}}, 100, nullptr);
+  const auto large =
+      paced.from.group->SubmitWrite(1, paced.from.local, paced.to.remote,
+                                    Pieces{{0, 0, 64 * kMiB}}, 100, nullptr);
   ASSERT_TRUE(large.ok());
   const int64_t start_ns = SimulatedClock::Now();
   (void)paced.Share({{0, 0, 100}});
@@ -172,7 +173,7 @@ class StuckPeersTest : public testing::Test {
   void Submit(uint32_t name, uint64_t length, uint32_t id) {
     ASSERT_TRUE(from->group
                     ->SubmitWrite(name, from->local, to[name]->remote,
-                                  {{0, 0, length}}, id, nullptr)
+                                  Pieces{{0, 0, length}}, id, nullptr)
                     .ok());
   }
 

@@ -256,8 +256,8 @@ TEST_F(DomainGroupTest, AFullQueueToOnePeerBlocksNoOther) {
   for (int i = 0; i < 100; ++i) from->group->SubmitSend(1, "waits");
   for (uint32_t id = 0; id < 100; ++id) {
     ASSERT_TRUE(from->group
-                    ->SubmitWrite(2, from->local, quick.remote, {{0, 0, 10}},
-                                  id, [](const Status&) {})
+                    ->SubmitWrite(2, from->local, quick.remote,
+                                  Pieces{{0, 0, 10}}, id, [](const Status&) {})
                     .ok());
   }
   from->group->SubmitSend(2, "goes");
@@ -281,8 +281,9 @@ TEST_F(DomainGroupTest, ALostPeerFailsItsOwnTransfersOnly) {
   size_t fine = 0;
   for (uint32_t id = 0; id < 20; ++id) {
     ASSERT_TRUE(from->group
-                    ->SubmitWrite(2, from->local, other.remote, {{0, 0, 5000}},
-                                  id, [&](const Status& s) { fine += s.ok(); })
+                    ->SubmitWrite(2, from->local, other.remote,
+                                  Pieces{{0, 0, 5000}}, id,
+                                  [&](const Status& s) { fine += s.ok(); })
                     .ok());
   }
   from->group->SubmitSend(1, "never read");
@@ -319,9 +320,9 @@ TEST_F(DomainGroupTest, WhoHasSentAllIsIdle) {
 
 TEST_F(DomainGroupTest, ACancelledTransferEndsOnceNothingReadsItsSource) {
   Open(2, {.seed = 2, .delay_max_ns = 2'000'000, .write_bytes_max = 100});
-  const auto handle =
-      from->group->SubmitWrite(1, from->local, to->remote, {{0, 0, kBytes}}, 5,
-                               [this](const Status& s) { ended.push_back(s); });
+  const auto handle = from->group->SubmitWrite(
+      1, from->local, to->remote, Pieces{{0, 0, kBytes}}, 5,
+      [this](const Status& s) { ended.push_back(s); });
   ASSERT_TRUE(handle.ok());
   EXPECT_TRUE(from->group->Cancel(*handle));
   EXPECT_TRUE(ended.empty()) << "its first chunks are still being read";
@@ -333,7 +334,8 @@ TEST_F(DomainGroupTest, ACancelledTransferEndsOnceNothingReadsItsSource) {
   EXPECT_LT(Units(5), kTransferUnits);
   // Part of it was counted: the id rests until the peer has dropped that.
   EXPECT_EQ(
-      from->group->SubmitWrite(1, from->local, to->remote, {{0, 0, 8}}, 5, {})
+      from->group
+          ->SubmitWrite(1, from->local, to->remote, Pieces{{0, 0, 8}}, 5, {})
           .status()
           .code(),
       StatusCode::kFailedPrecondition);
@@ -348,7 +350,7 @@ TEST_F(DomainGroupTest, ATransferThatNeverStartedLeavesItsIdAlone) {
   Open(1, {.seed = 1, .delay_max_ns = 1'000'000, .queue_depth = 2});
   for (uint32_t id = 0; id < 9; ++id) Submit({{0, 0, 8}}, id);
   const auto handle =
-      from->group->SubmitWrite(1, from->local, to->remote, {{0, 0, 8}}, 9,
+      from->group->SubmitWrite(1, from->local, to->remote, Pieces{{0, 0, 8}}, 9,
                                [this](const Status& s) { ended.push_back(s); });
   ASSERT_TRUE(handle.ok());
   EXPECT_TRUE(from->group->Cancel(*handle));
@@ -361,7 +363,8 @@ TEST_F(DomainGroupTest, ATransferThatNeverStartedLeavesItsIdAlone) {
 TEST_F(DomainGroupTest, AWriteWithoutAnIdIsNotCounted) {
   Open(2);
   ASSERT_TRUE(from->group
-                  ->SubmitWrite(1, from->local, to->remote, {{0, 0, 5000}}, {},
+                  ->SubmitWrite(1, from->local, to->remote,
+                                Pieces{{0, 0, 5000}}, {},
                                 [this](const Status& s) { ended.push_back(s); })
                   .ok());
   ASSERT_TRUE(
@@ -416,10 +419,10 @@ TEST_F(DomainGroupTest, StrangersAreHeardButNotCounted) {
   stranger.Connect(5, *to);  // and `to` does not know it
   Status said(StatusCode::kUnknown, "");
   stranger.group->SubmitSend(5, "hello", [&](const Status& s) { said = s; });
-  ASSERT_TRUE(
-      stranger.group
-          ->SubmitWrite(5, stranger.local, to->remote, {{0, 0, 8}}, 1, nullptr)
-          .ok());
+  ASSERT_TRUE(stranger.group
+                  ->SubmitWrite(5, stranger.local, to->remote,
+                                Pieces{{0, 0, 8}}, 1, nullptr)
+                  .ok());
   ASSERT_TRUE(PollUntil({&stranger, to.get()}, [&] {
     return to->strangers.size() == 1 && to->Total().strangers_dropped == 1;
   }));

@@ -25,6 +25,49 @@ constexpr MatchKey kKey = {.channel = 5, .sequence = 0};
 constexpr HeapLayout kHeap = {
     .ranks = 2, .mailbox_bytes = 4096, .window_bytes = 1000};
 
+// Its device can keep no more memory in place.
+class FullDomain final : public Domain {
+ public:
+  const DomainCaps& caps() const override { return caps_; }
+  const NetAddr& address() const override { return address_; }
+  StatusOr<uint64_t> RegisterMemory(const MemoryRegion&) override {
+    return Status(StatusCode::kResourceExhausted, "cannot pin it");
+  }
+  Status UnregisterMemory(uint64_t) override { return OkStatus(); }
+  StatusOr<PeerId> AddPeer(const NetAddr&, Deadline) override { return 0u; }
+  void RemovePeer(PeerId) override {}
+  StatusOr<Posted> PostWriteImm(PeerId, LocalSpan, RemoteSpan, uint64_t,
+                                std::optional<uint32_t>, uint64_t) override {
+    return Posted::kAgain;
+  }
+  StatusOr<Posted> PostSend(PeerId, std::string_view, uint64_t) override {
+    return Posted::kAgain;
+  }
+  size_t Poll(std::span<Completion>) override { return 0; }
+  std::byte* DirectPointer(PeerId, RemoteSpan, uint64_t) override {
+    return nullptr;
+  }
+
+ private:
+  DomainCaps caps_;
+  NetAddr address_;
+};
+
+TEST(EndpointOpenTest, TooMuchMemoryIsAnErrorThatNamesTheSettings) {
+  std::vector<std::unique_ptr<Domain>> domains;
+  domains.push_back(std::make_unique<FullDomain>());
+  const auto opened = Endpoint::Open(
+      {.rank = kOwnRank, .generation = kGeneration, .heap = kHeap},
+      std::move(domains), [](const Endpoint::Loss&) {});
+  ASSERT_FALSE(opened.ok());
+  EXPECT_EQ(opened.status().code(), StatusCode::kResourceExhausted);
+  const std::string& text = opened.status().message();
+  for (const char* part :
+       {"window_bytes=1000", "mailbox_bytes=4096", "cannot pin it"}) {
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  }
+}
+
 class EndpointTest : public testing::Test {
  protected:
   explicit EndpointTest(int64_t delay_max_ns = 0) {

@@ -24,6 +24,8 @@
 
 namespace jaxfabric {
 
+using Pieces = std::vector<Piece>;
+
 inline constexpr std::byte kPoison{0xa5};
 inline constexpr double kGroupPatienceSeconds = 30;
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <future>
+#include <thread>
 #include <vector>
 
 namespace jaxfabric {
@@ -49,6 +50,33 @@ TEST_F(MessageInboxTest, ALossIsReportedThoughNothingComesAfterIt) {
   }
   EXPECT_EQ(inbox_->Take(Patience())->dropped, 1u);
   EXPECT_FALSE(inbox_->Take(Deadline()));
+}
+
+TEST_F(MessageInboxTest, AMessageIsHandledOnceItsCallbackIsOver) {
+  for (int i = 0; i < 3; ++i) inbox_->Push({.peer = 1, .text = "x"});
+  EXPECT_EQ(inbox_->arrived(), 3u);
+  EXPECT_EQ(inbox_->handled(), 0u);
+  ASSERT_TRUE(inbox_->Take(Patience()));
+  EXPECT_EQ(inbox_->handled(), 1u);
+  std::promise<void> entered, left, last;
+  int calls = 0;
+  inbox_->SetCallback([&](const TransferMessage&) {
+    if (++calls == 2) return last.set_value();
+    entered.set_value();
+    left.get_future().wait();
+  });
+  entered.get_future().wait();
+  EXPECT_EQ(inbox_->handled(), 1u);
+  EXPECT_EQ(inbox_->arrived(), 3u);
+  left.set_value();
+  last.get_future().wait();
+  const Deadline deadline = Patience();
+  while (inbox_->handled() < 3 && !deadline.Expired()) {
+    std::this_thread::yield();
+  }
+  EXPECT_EQ(inbox_->handled(), 3u);
+  EXPECT_EQ(inbox_->arrived(), 3u);
+  inbox_->SetCallback(nullptr);
 }
 
 TEST_F(MessageInboxTest, WhoWaitsIsCalledOnceByAMessageOrTheEnd) {

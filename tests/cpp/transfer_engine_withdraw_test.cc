@@ -168,6 +168,41 @@ TEST_F(TransferWithdrawTest, ALostPeerIsCutOffBeforeARegionEnds) {
   EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 2);
 }
 
+TEST_F(TransferWithdrawTest, AFenceCoversThoseThatWereLostBeforeIt) {
+  Emulation software;
+  software.fences = true;
+  auto a = Open();
+  auto c = Open();
+  auto b = Open({}, nullptr, {}, nullptr, &software);
+  a->Connect(*b);
+  c->Connect(*b);
+  EXPECT_TRUE(EndsWell(b->engine->SubmitFence()));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 0);
+
+  software.fenced.store(false, std::memory_order_relaxed);
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(0)));
+  const auto first = b->engine->SubmitFence();
+  const Status late =
+      EndOf(b->engine->SubmitFence(Deadline::AfterNanoseconds(100'000'000)));
+  EXPECT_EQ(late.code(), StatusCode::kDeadlineExceeded);
+  EXPECT_THAT(late.message(), HasSubstr("being cut off"));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 1);
+  // This one was lost too late for the fence that is under way.
+  ASSERT_TRUE(IsOk(b->engine->Disconnect(1)));
+  const auto second = b->engine->SubmitFence();
+  EXPECT_FALSE((*first)->done());
+  software.fenced.store(true, std::memory_order_relaxed);
+  EXPECT_TRUE(EndsWell(first));
+  EXPECT_TRUE(EndsWell(second));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 2);
+  EXPECT_TRUE(EndsWell(b->engine->SubmitFence()));
+  EXPECT_EQ(software.asked.load(std::memory_order_relaxed), 2);
+
+  const auto refused = a->engine->SubmitFence();
+  EXPECT_EQ(refused.status().code(), StatusCode::kUnimplemented);
+  EXPECT_THAT(refused.status().message(), HasSubstr("nothing can stop"));
+}
+
 TEST_F(TransferWithdrawTest, WhoTookLeaveHoldsNoRegion) {
   Emulation software;
   auto a = Open();

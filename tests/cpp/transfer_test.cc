@@ -84,7 +84,8 @@ TEST(Transfer, AWriteOfSeveralPiecesIsNoLongerThanOthers) {
 TEST(Transfer, NoBytesAreOneWrite) {
   Transfer transfer;
   transfer.id = 7;
-  ASSERT_TRUE(CutIntoChunks({{5, 6, 0}}, 2, kAnyBytes, 4, &transfer).ok());
+  const std::vector<Piece> one = {{5, 6, 0}};
+  ASSERT_TRUE(CutIntoChunks(one, 2, kAnyBytes, 4, &transfer).ok());
   ASSERT_EQ(transfer.chunks.size(), 1u);
   EXPECT_EQ(transfer.chunks[0].bytes, 0u);
   EXPECT_EQ(transfer.pieces.at(0).remote_offset, 6u);

@@ -24,7 +24,11 @@
 #include "transport/verbs_library.h"
 
 #ifdef JAXFABRIC_HAVE_LIBIBVERBS
+#include "transport/verbs_buffers.h"
+#include "transport/verbs_connection.h"
+#include "transport/verbs_frame.h"
 #include "transport/verbs_greeter.h"
+#include "transport/verbs_receives.h"
 #endif
 
 namespace jaxfabric {
@@ -312,27 +316,6 @@ TEST_F(VerbsTest, WhoWasRemovedStaysOut) {
       << again.status().message();
 }
 
-TEST(VerbsStateTest, EachStateHasItsReasonAndFix) {
-  const TransportState missing = VerbsState("/nowhere/libibverbs.so.1");
-  if (missing.availability != Availability::kNotBuilt) {
-    EXPECT_EQ(missing.availability, Availability::kLibraryMissing);
-  }
-  EXPECT_GE(missing.reason.size(), 20u);
-  EXPECT_GE(missing.fix.size(), 20u);
-  const auto refused =
-      OpenVerbsTransport({.library = "/nowhere/libibverbs.so.1"});
-  ASSERT_FALSE(refused.ok());
-  EXPECT_EQ(refused.status().code(), StatusCode::kUnimplemented);
-  EXPECT_NE(refused.status().message().find(missing.fix), std::string::npos);
-}
-
-TEST(VerbsStateTest, AnotherLibraryIsNotTakenForIt) {
-  const TransportState other = VerbsState("libc.so.6");
-  if (other.availability == Availability::kNotBuilt) return;
-  EXPECT_EQ(other.availability, Availability::kLibraryMissing);
-  EXPECT_NE(other.reason.find("ibv_get_device_list"), std::string::npos);
-}
-
 TEST_F(VerbsTest, UnknownDevicesAndAddressesAreRefusedWithThoseThereAre) {
   const auto refused =
       OpenVerbsTransport({.nics = {"nosuch0"}, .job_secret = kSecret});
@@ -346,26 +329,6 @@ TEST_F(VerbsTest, UnknownDevicesAndAddressesAreRefusedWithThoseThereAre) {
   ASSERT_FALSE(domain.ok());
   EXPECT_NE(domain.status().message().find("it has 0 = "), std::string::npos)
       << domain.status().message();
-}
-
-TEST(VerbsSettingsTest, AreReadByNameAndCheckedForRange) {
-  const auto settings = ParseVerbsSettings(
-      {{"gid_index", 3}, {"traffic_class", 106}, {"relaxed_ordering", 0}});
-  ASSERT_TRUE(settings.ok());
-  EXPECT_EQ(settings->gid_index, 3);
-  EXPECT_EQ(settings->traffic_class, 106);
-  EXPECT_FALSE(settings->relaxed_ordering);
-  EXPECT_EQ(settings->retry_count, VerbsSettings().retry_count);
-  const std::map<std::string, double> faults[] = {
-      {{"traffic_class", 256}}, {{"service_level", 16}}, {{"timeout", 0}},
-      {{"retry_count", 8}},     {{"queue_depth", 1.5}},  {{"gid_index", -2}},
-      {{"nonsense", 1}}};
-  for (const auto& fault : faults) {
-    const auto refused = ParseVerbsSettings(fault);
-    ASSERT_FALSE(refused.ok());
-    EXPECT_NE(refused.status().message().find(fault.begin()->first),
-              std::string::npos);
-  }
 }
 
 #ifdef JAXFABRIC_HAVE_LIBIBVERBS
@@ -428,7 +391,10 @@ class VerbsIntruderTest : public VerbsTest {
       const auto greeting =
           OpenGreeting(greeter_->Received(index, work.byte_len),
                        JobKey(kSecret), address_.nonce, address_.link_layer);
-      if (greeting.has_value()) last_ = greeting->kind;
+      if (greeting.has_value()) {
+        last_ = greeting->kind;
+        last_greeting_ = *greeting;
+      }
       greeter_->Repost(index);
     }
   }
@@ -458,6 +424,7 @@ class VerbsIntruderTest : public VerbsTest {
   VerbsAddress address_;
   size_t heard_ = 0;
   VerbsGreetingKind last_ = VerbsGreetingKind::kBye;
+  VerbsGreeting last_greeting_;
   std::mt19937 random_{1};
 };
 
@@ -573,6 +540,57 @@ TEST_F(VerbsIntruderTest, HalfOfAConnectionIsGivenUp) {
   ASSERT_TRUE(PollUntil([&] { return given_up.Expired(); }));
   ExpectWorking();
   EXPECT_TRUE(ranks_[1]->errors.empty());
+}
+
+// Answers wait for its credits, which it never gives.
+TEST_F(VerbsIntruderTest, WhoAsksOnAndOnAndTakesNoAnswersIsCutOff) {
+  constexpr size_t kAnswersMax = 1024;  // as VerbsDomain keeps
+  constexpr size_t kMany = 2 * kAnswersMax;
+  auto buffers = VerbsBuffers::Open(*port_, 1);
+  ASSERT_TRUE(buffers.ok()) << buffers.status().message();
+  auto receives = VerbsReceives::Open(*port_, uint64_t{2} << 60);
+  ASSERT_TRUE(receives.ok()) << receives.status().message();
+  auto opened = VerbsConnection::Open(*port_, **receives, **buffers, 1);
+  ASSERT_TRUE(opened.ok()) << opened.status().message();
+  VerbsConnection& connection = **opened;
+  VerbsGreeting hello = HelloTo(*ranks_[1]);
+  connection.Introduce(&hello);
+  SealGreeting(&hello, JobKey(kSecret));
+  Send(*ranks_[1], hello);
+  ASSERT_TRUE(PollUntil([&] {
+    Listen();
+    return last_ == VerbsGreetingKind::kWelcome;
+  }));
+  ASSERT_TRUE(connection.Join(last_greeting_).ok());
+
+  const auto buffer = (*buffers)->TakeFrame(0);
+  ASSERT_TRUE(buffer.has_value());
+  size_t asked = 0;
+  bool cut_off = false;
+  const auto ask = [&] {
+    const uint32_t bytes = EncodeVerbsFrame({VerbsFrameKind::kAsk, ++asked, ""},
+                                            (*buffers)->frame(*buffer));
+    ASSERT_TRUE(
+        connection.PostFrame({VerbsOperation::Kind::kFrame, 0, *buffer}, bytes)
+            .ok());
+    ASSERT_TRUE(connection.Flush().ok());
+  };
+  EXPECT_TRUE(PollUntil([&] {
+    ibv_wc work = {};
+    while (ibv_poll_cq(port_->queue(), 1, &work) > 0) {
+      if (work.qp_num != connection.number()) continue;
+      cut_off |= work.status != IBV_WC_SUCCESS;
+      connection.Finish(work.wr_id, [](const VerbsOperation&, bool) {});
+    }
+    if (!cut_off && asked < kMany && connection.HasRoom() &&
+        connection.HasCredit()) {
+      ask();
+    }
+    return cut_off || (asked == kMany && connection.open() == 0);
+  }));
+  EXPECT_TRUE(cut_off);
+  EXPECT_GE(asked, kAnswersMax);
+  ExpectWorking();
 }
 
 #endif  // JAXFABRIC_HAVE_LIBIBVERBS

@@ -23,10 +23,15 @@ RAILS_MAX = 4
 # What the command finds in its environment.
 RAILS_VARIABLE = "RXE_RAILS"
 HOSTS_VARIABLE = "RXE_HOSTS"
+ACCELERATOR_VARIABLE = "RXE_ACCELERATOR"
 CONSOLE_LINES = 20  # of a guest that failed, shown
-CPU = {"tcg": "max", "kvm": "host"}
+CPU = {"tcg": "max", "icount": "max", "kvm": "host"}
 # Translated code is kept: Python and XLA are large.
-ACCELERATOR = {"tcg": "tcg,thread=multi,tb-size=512", "kvm": "kvm"}
+ACCELERATOR = {
+    "tcg": ("-accel", "tcg,thread=multi,tb-size=512"),
+    "icount": ("-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=2"),
+    "kvm": ("-accel", "kvm"),
+}
 
 BENCH_FAILED = 125  # exit statuses beside the command's own, as `timeout` has them
 TIMED_OUT = 124
@@ -41,8 +46,10 @@ class Machine:
       cpus: virtual ones. Emulated ones cost more the more they are: two take twice the
         time of one for the same program, and more on a busy machine.
       memory_mib: which the changes to its file system take from, too.
-      accelerator: "tcg" emulates the CPU and works anywhere. "kvm" is much faster,
-        where a stock kernel comes up in it: not on each machine with a /dev/kvm.
+      accelerator: "tcg" emulates the CPU and works anywhere. With "icount" each of its
+        instructions takes 4 ns by the guest's clocks: how busy this machine is does
+        not change what is measured. "kvm" is much faster, where a stock kernel comes
+        up in it: not on each machine with a /dev/kvm.
     """
 
     rails: int = 1
@@ -147,6 +154,7 @@ def _settings(
         if name.isidentifier()
     ]
     lines += [f"export {RAILS_VARIABLE}={machine.rails} {HOSTS_VARIABLE}={1 + cabled}"]
+    lines += [f"export {ACCELERATOR_VARIABLE}={machine.accelerator}"]
     run = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
     return "\n".join([*lines, f"run_command() {{ {run}; }}", ""])
 
@@ -160,7 +168,7 @@ def _qemu(
 ) -> list[str]:
     words = ["setpriv", "--pdeathsig", "KILL"]  # no guest outlives this process
     words += [QEMU, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]
-    words += ["-M", "q35", "-accel", ACCELERATOR[machine.accelerator]]
+    words += ["-M", "q35", *ACCELERATOR[machine.accelerator]]
     words += ["-cpu", CPU[machine.accelerator], "-smp", str(machine.cpus)]
     words += ["-m", str(machine.memory_mib), "-device", "virtio-rng-pci"]
     words += ["-kernel", str(kernel.image), "-initrd", str(share / "initramfs")]

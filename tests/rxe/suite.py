@@ -23,7 +23,7 @@ from . import CannotRun, kernel
 from .__main__ import CACHE, SKIPPED, end_in_order
 
 # Plugins that nobody asked for take seconds to import in a guest.
-PYTEST = ("-P", "-m", "pytest", "-p", "pytest_timeout", "-v", "--durations=5")
+PYTEST = ("-P", "-m", "pytest", "-p", "pytest_timeout", "-v", "--durations=5", "-rP")
 # Imports and compiles what the guests' programs do.
 REHEARSAL = """
 import os, sys
@@ -49,7 +49,10 @@ class Run:
 
 # One lane after the other would keep only one of two processors busy.
 LANES = (
-    (Run(("--rails", "4"), ("test_devices.py", "test_verbs.py"), 300),),
+    (
+        Run(("--rails", "4"), ("test_devices.py", "test_verbs.py"), 300),
+        Run(("--accelerator", "icount"), ("test_rate.py",), 240),
+    ),
     (
         Run(("--rails", "1"), ("test_fabric.py",), 150),
         Run(("--hosts", "2", "--rails", "2"), ("test_two_hosts.py",), 300),

@@ -2,8 +2,15 @@
 
 Both write plain bytes, without immediates, over one queue pair with the port's MTU,
 as many writes in flight; ours are those of `jaxfabric bench put`, Python and all,
-which also checks that the bytes arrive. The two are measured in turns, a second
-apart, so that a busy machine hits both.
+which also checks that the bytes arrive. The two are measured in turns, so that a busy
+machine hits both.
+
+    python -m tests.rxe --accelerator icount -- pytest tests/rxe/test_rate.py -s
+    python -m tests.rxe -- pytest tests/rxe/test_rate.py -s
+
+The first, which CI runs, counts instructions: it gives the same on any machine. The
+second measures time, and compares the best rounds, since others only make rounds
+longer; still, it means something on a quiet machine alone.
 """
 
 from __future__ import annotations
@@ -16,16 +23,16 @@ from jaxfabric._bench import case as cases
 from jaxfabric._bench.figures import Measurement
 from jaxfabric._bench.ib_write_bw import IbWriteBw
 from jaxfabric._bench.subjects import ChildSubject
+from rxe.machine import ACCELERATOR_VARIABLE
 
 SIZES = (64 << 10, 256 << 10, 1 << 20)
 WINDOW = 16
-ROUNDS = 5
 SECONDS = 0.25
 BYTES = 16 << 20  # of ib_write_bw in each round: about as long
 SHARE_MIN = 0.9  # of ib_write_bw's rate
 
 
-def turns(device: str) -> Iterator[tuple[cases.Case, float, float]]:
+def turns(device: str, rounds: int) -> Iterator[tuple[cases.Case, float, float]]:
     """For each round and size: what is measured, our rate and theirs, in bytes/s."""
     ours = ChildSubject(
         "jaxfabric",
@@ -36,7 +43,7 @@ def turns(device: str) -> Iterator[tuple[cases.Case, float, float]]:
         environment={"JAXFABRIC_NICS": device},
     )
     theirs = IbWriteBw(medium="verbs", device=device)
-    plan = cases.plan(("single",), SIZES, peers=1, window=WINDOW) * ROUNDS
+    plan = cases.plan(("single",), SIZES, peers=1, window=WINDOW) * rounds
     for case, outcome in ours.measure(plan, SECONDS):
         assert isinstance(outcome, Measurement), outcome
         rate = outcome.operations * case.size / outcome.seconds
@@ -45,18 +52,20 @@ def turns(device: str) -> Iterator[tuple[cases.Case, float, float]]:
 
 
 def test_writes_are_nearly_as_fast_as_perftests(rails: list[str]) -> None:
-    shares: dict[int, list[float]] = {size: [] for size in SIZES}
-    for case, ours, theirs in turns(rails[0]):
-        shares[case.size].append(ours / theirs)
-        load = os.getloadavg()[0]
+    counts_instructions = os.environ[ACCELERATOR_VARIABLE] == "icount"
+    found: dict[int, list[tuple[float, float]]] = {size: [] for size in SIZES}
+    for case, ours, theirs in turns(rails[0], rounds=1 if counts_instructions else 7):
+        found[case.size].append((ours, theirs))
         print(
             f"{case.label}, {case.window} in flight: ours {ours / 1e6:.1f}, "
-            f"ib_write_bw {theirs / 1e6:.1f} MB/s (load {load:.1f} in the guest)"
+            f"ib_write_bw {theirs / 1e6:.1f} MB/s"
         )
-    for size, found in shares.items():
+    shares = {}
+    for size, rates in found.items():
+        ours, theirs = (max(rates) for rates in zip(*rates, strict=True))
+        shares[size] = ours / theirs
         print(
-            f"{cases.readable(size)}: {statistics.median(found):.2f} of ib_write_bw "
-            f"({min(found):.2f} to {max(found):.2f})"
+            f"{cases.readable(size)}: {shares[size]:.2f} of ib_write_bw, best of "
+            f"{len(rates)}; median {statistics.median(a / b for a, b in rates):.2f}"
         )
-    medians = {size: statistics.median(found) for size, found in shares.items()}
-    assert min(medians.values()) >= SHARE_MIN, medians
+    assert min(shares.values()) >= SHARE_MIN, shares

@@ -22,14 +22,19 @@ class Deadline {
   Deadline() = default;
 
   static Deadline AfterNanoseconds(int64_t duration_ns) {
-    const int64_t now_ns = MonotonicNanoseconds();
+    return AfterNanoseconds(duration_ns, MonotonicNanoseconds());
+  }
+  static Deadline AfterNanoseconds(int64_t duration_ns, int64_t now_ns) {
     const int64_t room_ns = std::numeric_limits<int64_t>::max() - now_ns;
     return Deadline(now_ns + std::min(duration_ns, room_ns));
   }
   static Deadline AfterSeconds(double seconds) {
+    return AfterSeconds(seconds, MonotonicNanoseconds());
+  }
+  static Deadline AfterSeconds(double seconds, int64_t now_ns) {
     constexpr double kLargestSeconds = 1e9;  // keeps the conversion exact
     return AfterNanoseconds(
-        static_cast<int64_t>(std::min(seconds, kLargestSeconds) * 1e9));
+        static_cast<int64_t>(std::min(seconds, kLargestSeconds) * 1e9), now_ns);
   }
 
   int64_t nanoseconds() const { return at_ns_; }

@@ -1,7 +1,6 @@
 #include "engine/domain_group.h"
 
 #include <algorithm>
-#include <array>
 #include <iterator>
 #include <string_view>
 #include <utility>
@@ -22,6 +21,7 @@ DomainGroup::DomainGroup(std::vector<std::unique_ptr<Domain>> domains,
                          int64_t (*clock_ns)())
     : domains_(std::move(domains)),
       clock_ns_(clock_ns),
+      completions_(kPollBatch),
       stats_(domains_.size()),
       queues_(domains_.size()),
       names_(domains_.size()) {
@@ -178,7 +178,7 @@ bool DomainGroup::RemovedAreFenced() const {
 
 StatusOr<TransferHandle> DomainGroup::SubmitWrite(
     uint32_t name, const LocalRegion& local, const MrDesc& remote,
-    const std::vector<Piece>& pieces, std::optional<uint32_t> id, Done done) {
+    std::span<const Piece> pieces, std::optional<uint32_t> id, Done done) {
   GroupPeer* const peer = FindPeer(name);
   if (peer == nullptr) return NotConnected(name);
   if (id && peer->quarantined.contains(*id)) {
@@ -425,11 +425,10 @@ void DomainGroup::HandleArrival(size_t domain, Completion& completion) {
 
 bool DomainGroup::PollDomain(size_t domain) {
   using Kind = Completion::Kind;
-  std::array<Completion, kPollBatch> completions;
-  const size_t count = domains_[domain]->Poll(completions);
+  const size_t count = domains_[domain]->Poll(completions_);
   if (count > 0) now_ns_ = clock_ns_();
   for (size_t i = 0; i < count; ++i) {
-    Completion& completion = completions[i];
+    Completion& completion = completions_[i];
     if (completion.kind == Kind::kWriteDone ||
         completion.kind == Kind::kError || completion.kind == Kind::kSendDone) {
       HandleEnd(domain, completion);
@@ -438,7 +437,7 @@ bool DomainGroup::PollDomain(size_t domain) {
     }
   }
   polled_ |= count > 0;
-  return count == completions.size();
+  return count == completions_.size();
 }
 
 bool DomainGroup::Poll(std::vector<Event>* events) {

@@ -21,6 +21,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -100,7 +101,7 @@ class DomainGroup {
   // more.
   StatusOr<TransferHandle> SubmitWrite(uint32_t peer, const LocalRegion& local,
                                        const MrDesc& remote,
-                                       const std::vector<Piece>& pieces,
+                                       std::span<const Piece> pieces,
                                        std::optional<uint32_t> id, Done done);
 
   // Posts no more of a transfer; `done` runs with kCancelled once what is
@@ -220,6 +221,7 @@ class DomainGroup {
   int64_t (*const clock_ns_)();
   int64_t now_ns_ = 0;
   int64_t attend_ns_ = 0;
+  std::vector<Completion> completions_;                      // of one Poll
   std::vector<DomainStats> stats_;                           // by Domain
   std::vector<Queue> queues_;                                // by Domain
   std::vector<std::unordered_map<PeerId, PeerLink>> names_;  // by Domain

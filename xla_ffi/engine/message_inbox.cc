@@ -46,12 +46,14 @@ void MessageInbox::Deliver() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (callback_) message = TakeLocked();
+    in_callback_ = message ? 1 : 0;
     callback = callback_;
   }
   if (message) callback(*std::move(message));
   // The next one waits its turn among other callbacks.
   std::lock_guard<std::mutex> lock(mutex_);
   delivering_ = false;
+  in_callback_ = 0;
   StartLocked();
 }
 
@@ -68,6 +70,7 @@ std::optional<TransferMessage> MessageInbox::TakeLocked() {
   } else {
     return std::nullopt;
   }
+  ++taken_;
   return message;
 }
 
@@ -91,6 +94,16 @@ void MessageInbox::WakeLocked() {
   for (std::function<void()>& callback : std::exchange(waiting_, {})) {
     CallbackQueue::Get().Post(std::move(callback));
   }
+}
+
+uint64_t MessageInbox::arrived() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return taken_ + messages_.size() + dropped_.size();
+}
+
+uint64_t MessageInbox::handled() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return taken_ - in_callback_;
 }
 
 bool MessageInbox::closed() const {

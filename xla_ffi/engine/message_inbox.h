@@ -49,6 +49,11 @@ class MessageInbox : public std::enable_shared_from_this<MessageInbox> {
   // inbox is closed; soon, if that is so already, or if many others wait.
   void OnReady(std::function<void()> callback);
   bool closed() const;
+  // Messages so far: all, and those of them that somebody has taken, and whose
+  // callback is over. Who hears otherwise that a peer is gone may wait for what
+  // it said before.
+  uint64_t arrived() const;
+  uint64_t handled() const;
   // Wakes who waits. A callback may still be under way.
   void Close();
 
@@ -71,6 +76,8 @@ class MessageInbox : public std::enable_shared_from_this<MessageInbox> {
   Callback callback_;                           // guarded by mutex_
   std::vector<std::function<void()>> waiting_;  // guarded by mutex_
   bool delivering_ = false;                     // guarded by mutex_
+  uint64_t taken_ = 0;                          // guarded by mutex_
+  uint64_t in_callback_ = 0;                    // guarded by mutex_
   bool closed_ = false;                         // guarded by mutex_
 };
 

@@ -23,6 +23,8 @@ std::string NameOf(const Submission& submission) {
       return "connect";
     case SubmissionKind::kUnregister:
       return "unregister memory";
+    case SubmissionKind::kFence:
+      return "fence";
   }
   return "operation";
 }

@@ -14,7 +14,7 @@ constexpr uint64_t kChunksPerLink = 8;
 
 }  // namespace
 
-Status CutIntoChunks(const std::vector<Piece>& pieces, size_t links,
+Status CutIntoChunks(std::span<const Piece> pieces, size_t links,
                      uint64_t write_bytes_max, uint32_t pieces_max,
                      Transfer* transfer) {
   uint64_t rest = 0;

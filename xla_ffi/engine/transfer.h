@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "base/status.h"
@@ -72,7 +73,7 @@ inline constexpr uint64_t kChunkBytes = uint64_t{1} << 20;
 // that took one of the last is not what all wait for. There is at least one, so
 // that a transfer of no bytes is counted too. Fails where there are more than
 // can be counted as one transfer.
-Status CutIntoChunks(const std::vector<Piece>& pieces, size_t links,
+Status CutIntoChunks(std::span<const Piece> pieces, size_t links,
                      uint64_t write_bytes_max, uint32_t pieces_max,
                      Transfer* transfer);
 

@@ -154,20 +154,22 @@ std::string TransferEngine::address() const {
 // --- Operations ---
 
 StatusOr<SubmissionPtr> TransferEngine::BeginLocked(SubmissionKind kind,
-                                                    std::string label,
+                                                    OperationLabel label,
                                                     MaybeDeadline deadline) {
   if (closing_) {
     return Status(StatusCode::kFailedPrecondition,
-                  label + ": the TransferEngine is closed");
+                  label.ToString() + ": the TransferEngine is closed");
   }
+  const int64_t now_ns = MonotonicNanoseconds();
   auto submission = std::make_shared<Submission>();
   submission->kind = kind;
-  submission->future =
-      std::make_shared<TransferFuture>(std::move(label), next_number_++);
+  submission->future = std::make_shared<TransferFuture>(std::move(label),
+                                                        next_number_++, now_ns);
   submission->deadline =
-      deadline.value_or(Deadline::AfterSeconds(options_.timeout_s));
+      deadline ? *deadline : Deadline::AfterSeconds(options_.timeout_s, now_ns);
+  const int64_t left_ns = submission->deadline.nanoseconds() - now_ns;
   submission->timeout_s =
-      static_cast<double>(submission->deadline.RemainingNanoseconds()) / 1e9;
+      static_cast<double>(std::max<int64_t>(0, left_ns)) / 1e9;
   submission->span = group_->trace().Begin([&] {
     return TraceEvent{.name = "operation",
                       .label = submission->future->label()};
@@ -229,6 +231,7 @@ void TransferEngine::StopLocked(const SubmissionPtr& submission,
       break;
     case SubmissionKind::kConnect:
     case SubmissionKind::kBarrier:
+    case SubmissionKind::kFence:
     case SubmissionKind::kSend:  // its bytes were copied
       break;
   }

@@ -19,6 +19,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -45,7 +46,6 @@
 #include "transport/transport.h"
 
 namespace jaxfabric {
-
 using PeerGroupId = uint32_t;
 
 class TransferEngine {
@@ -64,11 +64,13 @@ class TransferEngine {
   std::string address() const;
 
   // --- Peers: small numbers, never used again ---
-  // The future's peer() is the peer. Either side may connect, or both at once.
-  // The other side learns of it by what the peer sends.
+  // The future's peer() is the peer. Either side may connect, or both at once;
+  // the other learns of it by what the peer sends.
   Submitted Connect(std::string_view address, MaybeDeadline deadline = {});
   // What is under way to the peer fails; it hears that we left.
   Status Disconnect(uint32_t peer);
+  // Done once nothing that peers lost so far have posted lands here any more.
+  Submitted SubmitFence(MaybeDeadline deadline = {});
   // Pre-checked: all are connected now, each is there once.
   StatusOr<PeerGroupId> AddPeerGroup(std::vector<uint32_t> peers);
   Status RemovePeerGroup(PeerGroupId group);
@@ -121,7 +123,6 @@ class TransferEngine {
                            MaybeDeadline deadline = {});
   // Transfers that have come and were not consumed.
   uint64_t ImmCount(uint32_t id) const { return counters_.Transfers(id); }
-
   StatusOr<std::shared_ptr<Watcher>> AllocWatcher(Watcher::Callback callback);
   void FreeWatcher(const std::shared_ptr<Watcher>& watcher);
 
@@ -146,10 +147,9 @@ class TransferEngine {
   int64_t SleepNs();
   // And, for who waits. Functions named ...Locked need mutex_.
   bool Progress();
-
-  // transfer_engine.cc
   bool ProgressLocked();
-  StatusOr<SubmissionPtr> BeginLocked(SubmissionKind kind, std::string label,
+  // transfer_engine.cc
+  StatusOr<SubmissionPtr> BeginLocked(SubmissionKind kind, OperationLabel label,
                                       MaybeDeadline deadline);
   void FinishLocked(const SubmissionPtr& submission, const Status& status,
                     uint32_t peer = kUnknownPeer);
@@ -160,11 +160,11 @@ class TransferEngine {
   void HandleLocked(DomainGroup::Event& event);
 
   // transfer_engine_submit.cc
-  Submitted SubmitWrites(std::string label, RegionId source,
-                         std::vector<PendingWrite> writes,
+  Submitted SubmitWrites(OperationLabel label, RegionId source,
+                         std::span<PendingWrite> writes,
                          std::optional<uint32_t> id, MaybeDeadline deadline);
   Status PrepareLocked(const LocalRegion& source, std::optional<uint32_t> id,
-                       std::vector<PendingWrite>* writes);
+                       std::span<PendingWrite> writes);
   void PostLocked(const SubmissionPtr& submission, size_t part,
                   const LocalRegion& local, const PendingWrite& write);
   void EndPartLocked(const SubmissionPtr& submission, size_t part,
@@ -174,7 +174,7 @@ class TransferEngine {
   // transfer_engine_mapped.cc
   Status FindMappedLocked(PendingWrite* write);
   void CopyAndPost(const SubmissionPtr& submission, const std::byte* source,
-                   std::vector<PendingWrite>* writes,
+                   std::span<PendingWrite> writes,
                    std::unique_lock<std::mutex>* lock);
   void MapAndWrite(uint32_t peer, RemoteMemory remote);
 
@@ -192,6 +192,7 @@ class TransferEngine {
   void WriteEndedLocked(const Submission::Part& part);
   void AnswerWithdrawalLocked(TransferPeer& peer, uint64_t region);
   void RemoveUnusedLocked();
+  void FenceLostLocked();
 
   // transfer_engine_peers.cc
   StatusOr<uint32_t> AddPeerLocked(const EngineAddress& address);
@@ -239,7 +240,6 @@ class TransferEngine {
   std::vector<std::shared_ptr<Watcher>> watchers_;
   WatcherWords watcher_words_;
   TransferEngineStats stats_;
-
   int64_t last_housekeeping_ns_ = 0;  // the worker's
   std::atomic<bool> stop_{false};
   std::thread worker_;

@@ -96,6 +96,8 @@ std::string TransferEngine::DescribeLocked(const Submission& submission) const {
         text += ", and what a lost peer may have under way is being cut off";
       }
       return text + "; the region stays registered";
+    case SubmissionKind::kFence:
+      return text + "what lost peers may have under way is being cut off";
   }
   return text;
 }

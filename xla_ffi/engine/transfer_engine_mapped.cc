@@ -54,10 +54,10 @@ Status TransferEngine::FindMappedLocked(PendingWrite* write) {
 // side, without the lock, and hold up nobody.
 void TransferEngine::CopyAndPost(const SubmissionPtr& submission,
                                  const std::byte* source,
-                                 std::vector<PendingWrite>* writes,
+                                 std::span<PendingWrite> writes,
                                  std::unique_lock<std::mutex>* lock) {
-  for (size_t i = 0; i < writes->size(); ++i) {
-    const PendingWrite& write = (*writes)[i];
+  for (size_t i = 0; i < writes.size(); ++i) {
+    const PendingWrite& write = writes[i];
     if (write.mapped != nullptr) {
       ++mapped_.copies[write.peer];
       continue;
@@ -67,8 +67,11 @@ void TransferEngine::CopyAndPost(const SubmissionPtr& submission,
     const auto [waiting, is_new] =
         mapped_.waiting.try_emplace({write.peer, remote.key});
     submission->parts[i].unmapped = true;
-    waiting->second.push_back(
-        {submission, i, source, *write.target, write.pieces});
+    waiting->second.push_back({submission,
+                               i,
+                               source,
+                               *write.target,
+                               {write.pieces.begin(), write.pieces.end()}});
     if (!is_new) continue;
     ++mapped_.copies[write.peer];  // it stays in its Domain meanwhile
     ++mapped_.tasks;
@@ -76,15 +79,15 @@ void TransferEngine::CopyAndPost(const SubmissionPtr& submission,
         [this, peer = write.peer, remote] { MapAndWrite(peer, remote); });
   }
   lock->unlock();
-  for (size_t i = 0; i < writes->size(); ++i) {
-    PendingWrite& write = (*writes)[i];
+  for (size_t i = 0; i < writes.size(); ++i) {
+    PendingWrite& write = writes[i];
     if (write.mapped == nullptr) continue;
     Copy(group_->trace(), *submission, i, write, source);
-    write.pieces.clear();
+    write.pieces = {};
   }
   lock->lock();
-  for (size_t i = 0; i < writes->size(); ++i) {
-    const PendingWrite& write = (*writes)[i];
+  for (size_t i = 0; i < writes.size(); ++i) {
+    const PendingWrite& write = writes[i];
     if (write.mapped == nullptr) continue;
     PostLocked(submission, i, {}, write);
     EndCopyLocked(write.peer);
@@ -130,7 +133,7 @@ void TransferEngine::MapAndWrite(uint32_t peer, RemoteMemory remote) {
       const UnmappedWrite& one = waiting[i];
       Copy(group_->trace(), *one.submission, one.part, writes[i], one.source);
     }
-    writes[i].pieces.clear();
+    writes[i].pieces = {};
   }
   lock.lock();
   for (size_t i = 0; i < writes.size(); ++i) {

@@ -76,6 +76,8 @@ TransferEngineStats TransferEngine::stats() const {
   TransferEngineStats stats = stats_;
   stats.counts_dropped += counters_.evicted();
   stats.nics = group_->stats();
+  stats.messages_arrived = inbox_->arrived();
+  stats.messages_handled = inbox_->handled();
   for (const auto& [name, peer] : peers_) {
     TransferPeerStats& of_peer = stats.peers[name] = peer->stats;
     of_peer.name = peer->address.Describe();

@@ -37,10 +37,8 @@ std::string Bytes(const TransferFrame& frame) { return frame.Encode(); }
 
 std::string TransferEngine::NameLocked(uint32_t peer) const {
   const auto found = peers_.find(peer);
+  if (found != peers_.end()) return *found->second->title;
   std::string text = "peer " + std::to_string(peer);
-  if (found != peers_.end()) {
-    return text + " " + found->second->address.Describe();
-  }
   const auto lost = lost_.find(peer);
   return lost == lost_.end() ? text : text + " " + lost->second;
 }
@@ -135,6 +133,8 @@ StatusOr<uint32_t> TransferEngine::AddPeerLocked(const EngineAddress& address) {
   const uint32_t name = next_peer_++;
   peer->name = name;
   peer->address = address;
+  peer->title = std::make_shared<const std::string>(
+      "peer " + std::to_string(name) + " " + address.Describe());
   peer->last_heard_ns = MonotonicNanoseconds();
   JF_RETURN_IF_ERROR(JoinLocked(*peer));
   peers_[name] = std::move(peer);
@@ -441,6 +441,7 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
   } else {
     group_->RemovePeer(name);
   }
+  if (gone->connected) ++ending_.lost.losses;
   // What it had under way here ends first where it said goodbye; or where it
   // has come back: then it says so itself.
   if (caps_.writes_outlive_regions && gone->connected && !gone->farewell &&

@@ -82,9 +82,9 @@ TransferEngine::Submitted TransferEngine::SubmitSingleWrite(
     RegionId source, uint64_t source_offset, const RegionAddress& target,
     uint64_t target_offset, uint64_t length, std::optional<uint32_t> id,
     MaybeDeadline deadline) {
-  return SubmitWrites(
-      Label("single write of " + std::to_string(length) + " bytes", id), source,
-      {{&target, {{source_offset, target_offset, length}}}}, id, deadline);
+  const Piece piece = {source_offset, target_offset, length};
+  PendingWrite write = {&target, {&piece, 1}};
+  return SubmitWrites({length, id}, source, {&write, 1}, id, deadline);
 }
 
 TransferEngine::Submitted TransferEngine::SubmitPagedWrites(
@@ -97,31 +97,33 @@ TransferEngine::Submitted TransferEngine::SubmitPagedWrites(
             id);
   auto pieces = PiecesOfPages(source_pages, target_pages, page_bytes);
   if (!pieces.ok()) return pieces.status().Annotate(label);
-  return SubmitWrites(std::move(label), source, {{&target, *std::move(pieces)}},
-                      id, deadline);
+  PendingWrite write = {&target, *pieces};
+  return SubmitWrites(std::move(label), source, {&write, 1}, id, deadline);
 }
 
 TransferEngine::Submitted TransferEngine::SubmitScatter(
     RegionId source, const std::vector<ScatterTarget>& targets,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
+  std::vector<Piece> pieces;
+  pieces.reserve(targets.size());  // the writes point to them
   std::vector<PendingWrite> writes;
   for (const ScatterTarget& target : targets) {
-    writes.push_back(
-        {&target.region,
-         {{target.source_offset, target.target_offset, target.length}}});
+    pieces.push_back(
+        {target.source_offset, target.target_offset, target.length});
+    writes.push_back({&target.region, {&pieces.back(), 1}});
   }
   return SubmitWrites(
       Label("scatter to " + std::to_string(targets.size()) + " targets", id),
-      source, std::move(writes), id, deadline);
+      source, writes, id, deadline);
 }
 
 // Fills in the peers of `writes`, and where their regions are mapped. Nothing
 // is begun if anything about one of them is wrong.
 Status TransferEngine::PrepareLocked(const LocalRegion& source,
                                      std::optional<uint32_t> id,
-                                     std::vector<PendingWrite>* writes) {
+                                     std::span<PendingWrite> writes) {
   JF_RETURN_IF_ERROR(CheckId(id));
-  for (PendingWrite& write : *writes) {
+  for (PendingWrite& write : writes) {
     JF_ASSIGN_OR_RETURN(TransferPeer* const peer,
                         FindOwnerLocked(*write.target));
     const MrDesc& memory = write.target->memory;
@@ -157,17 +159,17 @@ Status TransferEngine::PrepareLocked(const LocalRegion& source,
 }
 
 TransferEngine::Submitted TransferEngine::SubmitWrites(
-    std::string label, RegionId source, std::vector<PendingWrite> writes,
+    OperationLabel label, RegionId source, std::span<PendingWrite> writes,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
   // It polls below; a device that works in its caller's thread is done by then.
   const DoorbellMute mute(transport_->doorbell());
   std::unique_lock<std::mutex> lock(mutex_);
   auto found = registry_.Find(source);
-  if (!found.ok()) return found.status().Annotate(label);
+  if (!found.ok()) return found.status().Annotate(label.ToString());
   MemoryRegistry::Region& region = **found;
-  const Status prepared = PrepareLocked(region.local, id, &writes);
-  if (!prepared.ok()) return prepared.Annotate(label);
-  if (writes.size() == 1) label += " to " + NameLocked(writes[0].peer);
+  const Status prepared = PrepareLocked(region.local, id, writes);
+  if (!prepared.ok()) return prepared.Annotate(label.ToString());
+  if (writes.size() == 1) label.peer = peers_.at(writes[0].peer)->title;
   JF_ASSIGN_OR_RETURN(
       const SubmissionPtr submission,
       BeginLocked(SubmissionKind::kWrites, std::move(label), deadline));
@@ -186,7 +188,7 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
   // One more, so that it does not end before the last is posted.
   submission->open_parts = writes.size() + 1;
   if (caps_.direct_store) {
-    CopyAndPost(submission, region.local.base, &writes, &lock);
+    CopyAndPost(submission, region.local.base, writes, &lock);
   } else {
     for (size_t i = 0; i < writes.size(); ++i) {
       PostLocked(submission, i, region.local, writes[i]);

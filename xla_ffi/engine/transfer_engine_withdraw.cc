@@ -10,7 +10,7 @@
 // same (caps().writes_outlive_regions), it is cut off first; and where that
 // cannot be done, R stays. Only regions that were described to it have to wait
 // for this, and only when they end: others should not have to pause for a peer
-// that dies.
+// that dies. Who goes on using such a region asks for a fence himself.
 
 #include <algorithm>
 #include <utility>
@@ -112,13 +112,44 @@ void TransferEngine::HandleWithdrawnLocked(uint32_t peer, uint64_t number) {
   }
 }
 
-void TransferEngine::RemoveUnusedLocked() {
-  if (ending_.fencing_strays && group_->RemovedAreFenced()) {
-    registry_.ClearStrays(*std::exchange(ending_.fencing_strays, std::nullopt));
+TransferEngine::Submitted TransferEngine::SubmitFence(MaybeDeadline deadline) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!caps_.removal_fences) {
+    return Status(StatusCode::kUnimplemented,
+                  "fence: over " + std::string(caps_.transport) +
+                      " nothing can stop what a lost peer has under way (over "
+                      "ofi/tcp, that of libfabric 2 can)");
+  }
+  JF_ASSIGN_OR_RETURN(const SubmissionPtr submission,
+                      BeginLocked(SubmissionKind::kFence, "fence", deadline));
+  submission->losses = ending_.lost.losses;
+  ending_.lost.waiting.push_back(submission);
+  RemoveUnusedLocked();
+  return submission->future;
+}
+
+// One fence covers those that were lost before it began.
+void TransferEngine::FenceLostLocked() {
+  LostPeers& lost = ending_.lost;
+  if (lost.fence && group_->RemovedAreFenced()) {
+    lost.fenced = lost.fence->losses;
+    registry_.ClearStrays(lost.fence->strays);
+    lost.fence.reset();
     // One may have come meanwhile.
     const auto exposed = std::exchange(ending_.exposed, {});
     ending_.unused.insert(ending_.unused.end(), exposed.begin(), exposed.end());
   }
+  std::erase_if(lost.waiting, [&](const SubmissionPtr& submission) {
+    if (submission->losses <= lost.fenced) FinishLocked(submission, OkStatus());
+    return submission->over;
+  });
+  if ((lost.waiting.empty() && ending_.exposed.empty()) || lost.fence) return;
+  lost.fence = {.losses = lost.losses, .strays = registry_.strays()};
+  group_->FenceRemoved();
+}
+
+void TransferEngine::RemoveUnusedLocked() {
+  FenceLostLocked();
   for (const RegionId region : std::exchange(ending_.unused, {})) {
     const auto waits = ending_.regions.find(region);
     if (waits == ending_.regions.end()) continue;  // it gave up meanwhile
@@ -128,9 +159,6 @@ void TransferEngine::RemoveUnusedLocked() {
     }
     if (caps_.removal_fences && registry_.HasStray(region)) {
       ending_.exposed.push_back(region);
-      if (ending_.fencing_strays) continue;
-      ending_.fencing_strays = registry_.strays();
-      group_->FenceRemoved();
       continue;
     }
     ending_.regions.erase(waits);
@@ -144,6 +172,7 @@ void TransferEngine::RemoveUnusedLocked() {
       ElasticPool::Get().Post([owner = *std::move(removed)] {});
     }
   }
+  FenceLostLocked();  // of what was found exposed
 }
 
 }  // namespace jaxfabric

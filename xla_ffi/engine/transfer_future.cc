@@ -7,6 +7,16 @@
 
 namespace jaxfabric {
 
+std::string OperationLabel::ToString() const {
+  std::string label = text;
+  if (text.empty()) {
+    label = "single write of " + std::to_string(bytes) + " bytes";
+    if (id) label += " under id " + std::to_string(*id);
+  }
+  if (peer != nullptr) label += " to " + *peer;
+  return label;
+}
+
 std::optional<Status> TransferFuture::Wait(Deadline deadline) const {
   const std::chrono::steady_clock::time_point until{
       std::chrono::nanoseconds(deadline.nanoseconds())};

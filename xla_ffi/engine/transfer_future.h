@@ -22,22 +22,39 @@
 
 namespace jaxfabric {
 
+// What an operation is called, as in "single write of 4096 bytes under id 7 to
+// peer 2 decode (1f2e3d4c)". That of a single write is put together only for
+// who asks: hardly anybody does.
+struct OperationLabel {
+  // NOLINTNEXTLINE(google-explicit-constructor): so that texts are labels
+  OperationLabel(std::string text) : text(std::move(text)) {}
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  OperationLabel(const char* text) : text(text) {}
+  OperationLabel(uint64_t bytes, std::optional<uint32_t> id)
+      : bytes(bytes), id(id) {}
+  std::string ToString() const;
+
+  std::string text;  // empty: a single write
+  uint64_t bytes = 0;
+  std::optional<uint32_t> id;
+  std::shared_ptr<const std::string> peer;  // where there is but one
+};
+
 class TransferFuture {
  public:
   using Callback = std::function<void(const Status&)>;
 
-  // `label` says what it is, as in "single write of 4096 bytes under id 7".
   // `number` is the engine's name for it.
-  TransferFuture(std::string label, uint64_t number)
-      : label_(std::move(label)),
-        number_(number),
-        begin_ns_(MonotonicNanoseconds()) {}
+  TransferFuture(OperationLabel label, uint64_t number, int64_t begin_ns)
+      : label_(std::move(label)), number_(number), begin_ns_(begin_ns) {}
 
-  const std::string& label() const { return label_; }
+  std::string label() const { return label_.ToString(); }
   uint64_t number() const { return number_; }
   int64_t begin_ns() const { return begin_ns_; }
 
   bool done() const { return done_.load(std::memory_order_acquire); }
+  // Null until it is done.
+  const Status* outcome() const { return done() ? &status_ : nullptr; }
   // Nothing if it is not done by `deadline`; it then goes on.
   std::optional<Status> Wait(Deadline deadline) const;
   // What Connect yields, and the peer whose loss is the failure; else
@@ -51,13 +68,13 @@ class TransferFuture {
   void Finish(const Status& status, uint32_t peer = kUnknownPeer);
 
  private:
-  const std::string label_;
+  const OperationLabel label_;
   const uint64_t number_;
   const int64_t begin_ns_;
   std::atomic<bool> done_{false};
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
-  Status status_;                    // guarded by mutex_
+  Status status_;                    // guarded by mutex_ until done_
   uint32_t peer_ = kUnknownPeer;     // guarded by mutex_
   std::vector<Callback> callbacks_;  // guarded by mutex_
 };

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
+#include <string>
 #include <unordered_map>
 #include <variant>
 
@@ -45,8 +47,9 @@ struct TransferPeer {
 
   uint32_t name = 0;
   EngineAddress address;
-  bool added = false;         // to the group
-  int64_t join_limit_ns = 0;  // of the last try to
+  std::shared_ptr<const std::string> title;  // of both, for error texts
+  bool added = false;                        // to the group
+  int64_t join_limit_ns = 0;                 // of the last try to
   bool connected = false;
 
   // Of our Hellos; the same one each time.

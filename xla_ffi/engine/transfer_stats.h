@@ -37,7 +37,9 @@ struct TransferEngineStats {
   std::string last_refusal;
   uint64_t strangers_dropped = 0;  // messages of engines that are no peers
   uint64_t counts_dropped = 0;     // too many ids, or no share that can be
-  uint64_t messages_dropped = 0;   // the inbox was full
+  uint64_t messages_arrived = 0;   // in the inbox; see MessageInbox
+  uint64_t messages_handled = 0;
+  uint64_t messages_dropped = 0;  // the inbox was full
   uint64_t peers_lost = 0;
   std::vector<DomainStats> nics;
   std::map<uint32_t, TransferPeerStats> peers;

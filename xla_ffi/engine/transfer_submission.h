@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -26,7 +27,7 @@ namespace jaxfabric {
 // One transfer that is about to be posted.
 struct PendingWrite {
   const RegionAddress* target;
-  std::vector<Piece> pieces;
+  std::span<const Piece> pieces;
   uint32_t peer = 0;
   std::byte* mapped = nullptr;  // the target region, where it is mapped here
 };
@@ -38,6 +39,7 @@ enum class SubmissionKind {
   kExpect,
   kConnect,
   kUnregister,
+  kFence,
 };
 
 struct Submission {
@@ -83,6 +85,8 @@ struct Submission {
 
   bool told = false;                 // kUnregister: peers may know of it
   std::vector<uint32_t> unanswered;  // kUnregister: peers that were asked
+
+  uint64_t losses = 0;  // kFence: it covers so many
 };
 
 using SubmissionPtr = std::shared_ptr<Submission>;
@@ -107,14 +111,25 @@ struct MappedWrites {
   uint32_t tasks = 0;  // that ask for them
 };
 
+// Peers that were lost, and may have writes under way here until a fence.
+struct LostPeers {
+  struct Fence {
+    uint64_t losses = 0;  // that it covers
+    uint64_t strays = 0;  // of the registry's
+  };
+  uint64_t losses = 0;                 // so far
+  uint64_t fenced = 0;                 // of them
+  std::optional<Fence> fence;          // under way
+  std::vector<SubmissionPtr> waiting;  // kFence
+};
+
 // Regions that are to be unregistered.
 struct EndingRegions {
   std::unordered_map<RegionId, SubmissionPtr> regions;
   std::vector<RegionId> unused;  // perhaps: to be looked at
   // Unused, but lost peers may write into them until they are cut off.
   std::vector<RegionId> exposed;
-  // How many of the registry's strays are being cut off.
-  std::optional<uint64_t> fencing_strays;
+  LostPeers lost;
 };
 
 }  // namespace jaxfabric

@@ -26,6 +26,7 @@
 #include "python/open_transport.h"
 #include "python/status_error.h"
 #include "python/trace_py.h"
+#include "python/transfer_stats_py.h"
 
 namespace nb = nanobind;
 
@@ -58,17 +59,23 @@ class NativeFuture {
       : future_(std::move(future)), engine_(std::move(engine)) {}
 
   const TransferFuture& future() const { return *future_; }
-  const std::string& label() const { return future_->label(); }
+  std::string label() const { return future_->label(); }
   bool done() const { return future_->done(); }
 
-  // (code, text), or None if it goes on.
-  std::optional<std::pair<int, std::string>> Wait(double timeout_s) const {
+  // The code of its Status, or kGoesOn.
+  int Wait(double timeout_s) const {
+    // Most have ended by the time that somebody waits for them.
+    const Status* const outcome = future_->outcome();
+    if (outcome != nullptr) return static_cast<int>(outcome->code());
     nb::gil_scoped_release release;
     const Deadline deadline = Deadline::AfterSeconds(timeout_s);
     if (const auto engine = engine_.lock()) engine->Help(*future_, deadline);
     const auto status = future_->Wait(deadline);
-    if (!status) return std::nullopt;
-    return std::pair(static_cast<int>(status->code()), status->message());
+    return status ? static_cast<int>(status->code()) : kGoesOn;
+  }
+  std::string failure() const {
+    const Status* const outcome = future_->outcome();
+    return outcome == nullptr ? "" : outcome->message();
   }
   std::optional<uint32_t> peer() const {
     const uint32_t peer = future_->peer();
@@ -81,6 +88,8 @@ class NativeFuture {
   }
 
  private:
+  static constexpr int kGoesOn = -1;
+
   TransferFuturePtr future_;
   std::weak_ptr<TransferEngine> engine_;
 };
@@ -169,6 +178,10 @@ class NativeTransferEngine {
   void Disconnect(uint32_t peer) {
     nb::gil_scoped_release release;
     Check(engine()->Disconnect(peer));
+  }
+  NativeFuture SubmitFence(MaybeSeconds timeout_s) {
+    nb::gil_scoped_release release;
+    return Submitted(engine()->SubmitFence(ToDeadline(timeout_s)));
   }
   uint32_t AddPeerGroup(const std::vector<uint32_t>& peers) {
     nb::gil_scoped_release release;
@@ -265,9 +278,11 @@ class NativeTransferEngine {
                                  uint64_t target_offset, uint64_t length,
                                  MaybeId id, MaybeSeconds timeout_s) {
     nb::gil_scoped_release release;
-    return Submitted(engine()->SubmitSingleWrite(source, source_offset, target,
-                                                 target_offset, length, id,
-                                                 ToDeadline(timeout_s)));
+    const auto engine = this->engine();
+    auto future = Value(engine->SubmitSingleWrite(source, source_offset, target,
+                                                  target_offset, length, id,
+                                                  ToDeadline(timeout_s)));
+    return NativeFuture(std::move(future), engine);
   }
   NativeFuture SubmitPagedWrites(RegionId source, const Indices& source_pages,
                                  uint64_t source_stride, uint64_t source_offset,
@@ -365,63 +380,13 @@ class NativeTransferEngine {
   std::shared_future<void> gone_;           // ready once it is
 };
 
-nb::dict PeerRow(const TransferPeerStats& stats) {
-  nb::dict row;
-  row["name"] = stats.name;
-  row["connected"] = stats.connected;
-  row["transfers_sent"] = stats.transfers_sent;
-  row["transfer_bytes_sent"] = stats.transfer_bytes_sent;
-  row["transfers_failed"] = stats.transfers_failed;
-  row["transfers_received"] = stats.transfers_received;
-  row["counts_dropped"] = stats.counts_dropped;
-  row["messages_sent"] = stats.messages_sent;
-  row["messages_received"] = stats.messages_received;
-  return row;
-}
-
-nb::dict StatsRow(const TransferEngineStats& stats) {
-  nb::dict row;
-  row["operations"] = stats.operations;
-  row["operations_failed"] = stats.operations_failed;
-  row["handshakes"] = stats.handshakes;
-  row["refused_seal"] = stats.refused_seal;
-  row["refused_version"] = stats.refused_version;
-  row["refused_replay"] = stats.refused_replay;
-  row["refused_other"] = stats.refused_other;
-  row["last_refusal"] = stats.last_refusal;
-  row["strangers_dropped"] = stats.strangers_dropped;
-  row["counts_dropped"] = stats.counts_dropped;
-  row["messages_dropped"] = stats.messages_dropped;
-  row["peers_lost"] = stats.peers_lost;
-  nb::list nics;
-  for (const DomainStats& nic : stats.nics) {
-    nb::dict of_nic;
-    of_nic["writes"] = nic.writes;
-    of_nic["write_bytes"] = nic.write_bytes;
-    of_nic["messages"] = nic.messages;
-    of_nic["errors"] = nic.errors;
-    of_nic["writes_again"] = nic.writes_again;
-    of_nic["links_failed"] = nic.links_failed;
-    of_nic["open_writes"] = nic.open_writes;
-    of_nic["malformed_dropped"] = nic.malformed_dropped;
-    of_nic["refused_frames"] = nic.refused_frames;
-    nics.append(of_nic);
-  }
-  row["nics"] = nics;
-  nb::dict peers;
-  for (const auto& [peer, of_peer] : stats.peers) {
-    peers[nb::int_(peer)] = PeerRow(of_peer);
-  }
-  row["peers"] = peers;
-  return row;
-}
-
 void RegisterValues(nb::module_& m) {
   nb::class_<NativeFuture>(m, "NativeTransferFuture")
       .def_prop_ro("label", &NativeFuture::label)
       .def_prop_ro("peer", &NativeFuture::peer)
       .def("done", &NativeFuture::done)
       .def("wait", &NativeFuture::Wait)
+      .def_prop_ro("failure", &NativeFuture::failure)
       .def("on_done", &NativeFuture::OnDone);
   nb::class_<RegionAddress>(m, "NativeMrDesc")
       .def_static("from_bytes",
@@ -466,6 +431,7 @@ void RegisterTransferEngine(nb::module_& m) {
       .def("transport", &Engine::TransportName)
       .def("connect", &Engine::Connect)
       .def("disconnect", &Engine::Disconnect)
+      .def("submit_fence", &Engine::SubmitFence)
       .def("add_peer_group", &Engine::AddPeerGroup)
       .def("remove_peer_group", &Engine::RemovePeerGroup)
       .def("register_memory", &Engine::RegisterMemory)
@@ -489,7 +455,7 @@ void RegisterTransferEngine(nb::module_& m) {
       .def("start_trace", &Engine::StartTrace)
       .def("stop_trace",
            [](const Engine& self) { return ToPython(self.StopTrace()); })
-      .def("stats", [](const Engine& self) { return StatsRow(self.Stats()); })
+      .def("stats", [](const Engine& self) { return ToPython(self.Stats()); })
       .def("close", &Engine::Close);
 }
 

@@ -89,15 +89,20 @@ void OfiBell::Mute() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (mutes_.fetch_add(1, std::memory_order_acq_rel) > 0) return;
   muted_ns_ = MonotonicNanoseconds();
-  if (!listens_) SetTimer(0);
   ListenLocked(false);
 }
 
 void OfiBell::Unmute() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (mutes_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-  SetTimer(
-      std::clamp(MonotonicNanoseconds() - muted_ns_, kGraceMinNs, kGraceMaxNs));
+  const int64_t now_ns = MonotonicNanoseconds();
+  const int64_t grace_ns =
+      std::clamp(now_ns - muted_ns_, kGraceMinNs, kGraceMaxNs);
+  // That of an earlier Unmute will do if it is neither too early nor too late.
+  const int64_t left_ns = timer_ns_ - now_ns;
+  if (left_ns >= grace_ns && left_ns <= 2 * grace_ns) return;
+  timer_ns_ = now_ns + 2 * grace_ns;
+  SetTimer(2 * grace_ns);
 }
 
 void OfiBell::Wake() {

@@ -210,17 +210,6 @@ Status VerbsConnection::Flush() {
   return error == 0 ? OkStatus() : port_.Failed("ibv_post_send", error);
 }
 
-bool VerbsConnection::Finish(uint64_t sequence, const Done& done) {
-  if (sequence < head_ || sequence >= tail_ - chained_) return false;
-  while (head_ <= sequence) {
-    const VerbsOperation operation = operations_[head_ % operations_.size()];
-    if (operation.kind == VerbsOperation::Kind::kWord) word_open_ = false;
-    done(operation, head_ == sequence);
-    ++head_;
-  }
-  return true;
-}
-
 void VerbsConnection::Abandon(
     const std::function<void(const VerbsOperation&)>& done) {
   chained_ = 0;

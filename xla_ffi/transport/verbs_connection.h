@@ -86,8 +86,17 @@ class VerbsConnection {
 
   // `sequence` is the wr_id of a completion. Gives all operations up to it to
   // `done`, and that one as the last. False if there is no such operation.
-  using Done = std::function<void(const VerbsOperation&, bool last)>;
-  bool Finish(uint64_t sequence, const Done& done);
+  template <typename Done>
+  bool Finish(uint64_t sequence, const Done& done) {
+    if (sequence < head_ || sequence >= tail_ - chained_) return false;
+    while (head_ <= sequence) {
+      const VerbsOperation operation = operations_[head_ % operations_.size()];
+      if (operation.kind == VerbsOperation::Kind::kWord) word_open_ = false;
+      done(operation, /*last=*/head_ == sequence);
+      ++head_;
+    }
+    return true;
+  }
   // All that are left, after Destroy.
   void Abandon(const std::function<void(const VerbsOperation&)>& done);
 

@@ -433,8 +433,8 @@ void VerbsDomain::PumpFrames(VerbsPeer& peer) {
 
 // Words first, so that the peer goes on; then frames; then what is chained.
 void VerbsDomain::Pump() {
-  std::vector<VerbsPeer*> still;
-  for (VerbsPeer* const peer : std::exchange(busy_, {})) {
+  pumped_.swap(busy_);  // neither gives its memory back
+  for (VerbsPeer* const peer : pumped_) {
     peer->busy = false;
     if (!peer->ready()) continue;
     VerbsConnection& connection = *peer->connection;
@@ -444,10 +444,10 @@ void VerbsDomain::Pump() {
     if (status.ok()) status = connection.Flush();
     if (!status.ok()) Break(*peer, status);
     if (!peer->frames.empty() || connection.receive_credits().due()) {
-      still.push_back(peer);
+      MarkBusy(*peer);
     }
   }
-  for (VerbsPeer* const peer : still) MarkBusy(*peer);
+  pumped_.clear();
 }
 
 }  // namespace jaxfabric

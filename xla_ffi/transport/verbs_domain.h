@@ -186,6 +186,7 @@ class VerbsDomain final : public Domain {
   std::deque<Completion> ready_;
   std::vector<VerbsGreeting> greetings_;  // that came
   std::vector<VerbsPeer*> busy_;          // with frames, words or chains
+  std::vector<VerbsPeer*> pumped_;        // empty but in Pump
   std::vector<VerbsPeer*> broken_;
   Status failed_;  // of the device
   int64_t tended_ns_ = 0;
