@@ -125,7 +125,7 @@ void TransferEngine::MapAndWrite(uint32_t peer, RemoteMemory remote) {
     }
     one.submission->parts[one.part].unmapped = false;
     if (!found.ok()) EndPartLocked(one.submission, one.part, found);
-    writes.push_back(std::move(write));
+    writes.push_back(write);
   }
   lock.unlock();
   for (size_t i = 0; i < writes.size(); ++i) {
