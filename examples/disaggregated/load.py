@@ -117,6 +117,8 @@ async def run(
             report.failed.append(error)
 
     connector = aiohttp.TCPConnector(limit=requests)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    # The router ends each request at its limit; a session's own is five minutes.
+    limit = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, timeout=limit) as session:
         await asyncio.gather(*(counted(session, number) for number in range(requests)))
     return report
