@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/doorbell.h"
+#include "base/registry.h"
 #include "engine/watcher.h"
 
 namespace jaxfabric {
@@ -81,10 +82,10 @@ TEST(PagePool, RefusesWhatDoesNotFit) {
 
 TEST(PagePool, NothingIsCopiedOnceItIsClosed) {
   Pool p;
-  PagePoolRegistry::Get().Add(p.pool);
-  EXPECT_EQ(*PagePoolRegistry::Get().Find(p.pool->id()), p.pool);
-  PagePoolRegistry::Get().Remove(p.pool->id());
-  EXPECT_FALSE(PagePoolRegistry::Get().Find(p.pool->id()).ok());
+  Registry<PagePool>::Get().Add(p.pool->id(), p.pool);
+  EXPECT_EQ(Registry<PagePool>::Get().Find(p.pool->id()), p.pool);
+  Registry<PagePool>::Get().Remove(p.pool->id());
+  EXPECT_EQ(Registry<PagePool>::Get().Find(p.pool->id()), nullptr);
   p.pool->Close();
   const std::vector<int32_t> zero = {0};
   EXPECT_FALSE(p.pool->Put({1, 0}, Rows(1), zero, zero).ok());

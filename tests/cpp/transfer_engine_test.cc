@@ -9,6 +9,7 @@
 #include <numeric>
 #include <ostream>
 
+#include "base/registry.h"
 #include "engine/immediate.h"
 #include "tests/cpp/seeded.h"
 #include "tests/cpp/transfer_node.h"
@@ -372,13 +373,13 @@ TEST_P(TransferEngineTest, AWatcherReportsBumps) {
         }
       });
   ASSERT_TRUE(watcher.ok());
-  const auto found = WatcherRegistry::Get().Find((*watcher)->id());
-  ASSERT_TRUE(found.ok());
-  for (int i = 0; i < 100; ++i) (*found)->Bump();
+  const auto found = Registry<Watcher>::Get().Find((*watcher)->id());
+  ASSERT_NE(found, nullptr);
+  for (int i = 0; i < 100; ++i) found->Bump();
   EXPECT_EQ(all->get_future().wait_for(std::chrono::seconds(30)),
             std::future_status::ready);
   a_->engine->FreeWatcher(*watcher);
-  EXPECT_FALSE(WatcherRegistry::Get().Find((*watcher)->id()).ok());
+  EXPECT_EQ(Registry<Watcher>::Get().Find((*watcher)->id()), nullptr);
   (*watcher)->Bump();
   EXPECT_EQ((*watcher)->value(), 101u);
 }

@@ -4,11 +4,13 @@
 #include <string>
 #include <utility>
 
+#include "base/registry.h"
+
 namespace jaxfabric {
 
 PagePool::PagePool(std::byte* base, const Shape& shape,
                    std::shared_ptr<Watcher> watcher)
-    : id_(PagePoolRegistry::Get().NextId()),
+    : id_(Registry<PagePool>::Get().NextId()),
       shape_(shape),
       watcher_(std::move(watcher)),
       base_(base) {}
@@ -65,33 +67,6 @@ std::vector<PagePool::Note> PagePool::Take() {
 void PagePool::Close() {
   std::unique_lock<std::shared_mutex> lock(open_);
   base_ = nullptr;
-}
-
-PagePoolRegistry& PagePoolRegistry::Get() {
-  // Never destroyed: programs may still run while the process ends.
-  static PagePoolRegistry* const registry = new PagePoolRegistry();
-  return *registry;
-}
-
-void PagePoolRegistry::Add(const std::shared_ptr<PagePool>& pool) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  pools_[pool->id()] = pool;
-}
-
-void PagePoolRegistry::Remove(int64_t id) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  pools_.erase(id);
-}
-
-StatusOr<std::shared_ptr<PagePool>> PagePoolRegistry::Find(int64_t id) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = pools_.find(id);
-  if (found == pools_.end()) {
-    return Status(StatusCode::kNotFound,
-                  "there is no pool " + std::to_string(id) +
-                      " (any more); it ends with its PageSender");
-  }
-  return found->second;
 }
 
 }  // namespace jaxfabric

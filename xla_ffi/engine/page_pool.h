@@ -7,14 +7,12 @@
 #ifndef JAXFABRIC_ENGINE_PAGE_POOL_H_
 #define JAXFABRIC_ENGINE_PAGE_POOL_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <span>
-#include <unordered_map>
 #include <vector>
 
 #include "base/status.h"
@@ -61,25 +59,6 @@ class PagePool {
   std::byte* base_;         // guarded by open_; null once closed
   std::mutex mutex_;
   std::vector<Note> notes_;  // guarded by mutex_
-};
-
-// All pools of this process, so that a program's handler finds one by the
-// number that was compiled into it.
-class PagePoolRegistry {
- public:
-  static PagePoolRegistry& Get();
-
-  int64_t NextId() { return next_id_.fetch_add(1, std::memory_order_relaxed); }
-  void Add(const std::shared_ptr<PagePool>& pool);
-  void Remove(int64_t id);
-  // kNotFound if it was closed.
-  StatusOr<std::shared_ptr<PagePool>> Find(int64_t id) const;
-
- private:
-  std::atomic<int64_t> next_id_{1};
-  mutable std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<PagePool>>
-      pools_;  // guarded by mutex_
 };
 
 }  // namespace jaxfabric

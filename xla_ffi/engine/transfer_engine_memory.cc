@@ -2,10 +2,12 @@
 
 #include <utility>
 
+#include "base/registry.h"
 #include "engine/immediate.h"
 #include "engine/transfer_engine.h"
 
 namespace jaxfabric {
+
 StatusOr<std::shared_ptr<Watcher>> TransferEngine::AllocWatcher(
     Watcher::Callback callback) {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -14,11 +16,11 @@ StatusOr<std::shared_ptr<Watcher>> TransferEngine::AllocWatcher(
                   "alloc_watcher: the TransferEngine is closed");
   }
   JF_ASSIGN_OR_RETURN(const WatcherWords::Word word, watcher_words_.Take());
-  WatcherRegistry& registry = WatcherRegistry::Get();
+  Registry<Watcher>& registry = Registry<Watcher>::Get();
   auto watcher =
       std::make_shared<Watcher>(registry.NextId(), word.memory, word.word,
                                 &transport_->doorbell(), std::move(callback));
-  registry.Add(watcher);
+  registry.Add(watcher->id(), watcher);
   watchers_.push_back(watcher);
   return watcher;
 }
@@ -28,7 +30,7 @@ void TransferEngine::FreeWatcher(const std::shared_ptr<Watcher>& watcher) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::erase(watchers_, watcher);
   }
-  WatcherRegistry::Get().Remove(watcher->id());
+  Registry<Watcher>::Get().Remove(watcher->id());
   watcher->Close();
 }
 

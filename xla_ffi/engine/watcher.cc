@@ -1,7 +1,6 @@
 #include "engine/watcher.h"
 
 #include <new>
-#include <string>
 #include <utility>
 
 #include "base/cache_line.h"
@@ -60,37 +59,6 @@ void Watcher::Close() {
   std::lock_guard<std::mutex> lock(mutex_);
   doorbell_ = nullptr;
   dropped.swap(callback_);
-}
-
-WatcherRegistry& WatcherRegistry::Get() {
-  // Never destroyed: programs may still bump while the process ends.
-  static WatcherRegistry* const registry = new WatcherRegistry();
-  return *registry;
-}
-
-void WatcherRegistry::Add(const std::shared_ptr<Watcher>& watcher) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  watchers_[watcher->id()] = watcher;
-}
-
-void WatcherRegistry::Remove(int64_t id) {
-  std::shared_ptr<Watcher> dropped;  // destroyed after the lock is released
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = watchers_.find(id);
-  if (found == watchers_.end()) return;
-  dropped = std::move(found->second);
-  watchers_.erase(found);
-}
-
-StatusOr<std::shared_ptr<Watcher>> WatcherRegistry::Find(int64_t id) const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = watchers_.find(id);
-  if (found == watchers_.end()) {
-    return Status(StatusCode::kNotFound,
-                  "there is no watcher " + std::to_string(id) +
-                      " (any more); it ends with its TransferEngine");
-  }
-  return found->second;
 }
 
 }  // namespace jaxfabric

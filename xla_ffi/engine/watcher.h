@@ -13,7 +13,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 
 #include "base/doorbell.h"
 #include "base/shared_memory.h"
@@ -70,25 +69,6 @@ class WatcherWords {
  private:
   std::shared_ptr<SharedMemory> memory_;
   size_t used_ = 0;
-};
-
-// All watchers of this process, so that a program's handler finds one by the
-// number that was compiled into it.
-class WatcherRegistry {
- public:
-  static WatcherRegistry& Get();
-
-  int64_t NextId() { return next_id_.fetch_add(1, std::memory_order_relaxed); }
-  void Add(const std::shared_ptr<Watcher>& watcher);
-  void Remove(int64_t id);
-  // kNotFound if it was closed, or its engine.
-  StatusOr<std::shared_ptr<Watcher>> Find(int64_t id) const;
-
- private:
-  std::atomic<int64_t> next_id_{1};
-  mutable std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<Watcher>>
-      watchers_;  // guarded by mutex_
 };
 
 }  // namespace jaxfabric

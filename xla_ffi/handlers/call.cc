@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "base/registry.h"
+
 namespace jaxfabric {
 
 namespace ffi = xla::ffi;
@@ -149,10 +151,15 @@ ffi::Future RunCall(const Frame& frame, const CallAttributes& attributes,
                     const std::function<Status(Call)>& start,
                     int64_t begun_ns) {
   const std::string label(attributes.label);
-  auto fabric = FabricRegistry::Get().Find(attributes.fabric);
-  if (!fabric.ok()) return FailedFuture(fabric.status().Annotate(label));
-  Engine* const engine = (*fabric)->engine.get();
-  auto resolved = Resolve(*fabric, frame, attributes);
+  const auto fabric = Registry<Fabric>::Get().Find(attributes.fabric);
+  if (fabric == nullptr) {
+    return FailedFuture(Status(
+        StatusCode::kFailedPrecondition,
+        label + ": the Fabric that this program was traced under is closed; "
+                "run it inside `with jaxfabric.Fabric(mesh):`"));
+  }
+  Engine* const engine = fabric->engine.get();
+  auto resolved = Resolve(fabric, frame, attributes);
   if (!resolved.ok()) {
     return Refuse(*engine, resolved.status().Annotate(label));
   }

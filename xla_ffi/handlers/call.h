@@ -16,7 +16,7 @@
 #include "engine/engine.h"
 #include "engine/mesh_group.h"
 #include "engine/operation.h"
-#include "handlers/fabric_registry.h"
+#include "handlers/fabric.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxfabric {

@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
+#include "base/registry.h"
 #include "engine/page_pool.h"
 #include "handlers/call.h"
 #include "handlers/handlers.h"
@@ -22,12 +24,17 @@ ffi::Error SendLayer(int64_t pool, int64_t layer, ffi::AnyBuffer rows,
   if (request.element_count() != 2) {
     return ffi::Error::InvalidArgument("send_layer: request is not uint32[2]");
   }
-  const auto found = PagePoolRegistry::Get().Find(pool);
-  if (!found.ok()) return ToError(found.status().Annotate("send_layer"));
+  const auto found = Registry<PagePool>::Get().Find(pool);
+  if (found == nullptr) {
+    return ToError(Status(StatusCode::kNotFound,
+                          "send_layer: there is no pool " +
+                              std::to_string(pool) +
+                              " (any more); it ends with its PageSender"));
+  }
   const uint32_t* const words = request.typed_data();
   const PagePool::Note note = {.request = uint64_t{words[1]} << 32 | words[0],
                                .layer = layer};
-  const Status put = (*found)->Put(
+  const Status put = found->Put(
       note,
       {static_cast<const std::byte*>(rows.untyped_data()), rows.size_bytes()},
       {from.typed_data(), from.element_count()},

@@ -18,8 +18,9 @@
 #include <vector>
 
 #include "base/elastic_pool.h"
+#include "base/registry.h"
 #include "engine/engine.h"
-#include "handlers/fabric_registry.h"
+#include "handlers/fabric.h"
 #include "python/open_transport.h"
 #include "python/status_error.h"
 #include "python/trace_py.h"
@@ -79,7 +80,11 @@ class NativeFabric {
   }
 
   void Publish(int64_t key) {
-    Check(FabricRegistry::Get().Add(key, fabric_));
+    if (!Registry<Fabric>::Get().Add(key, fabric_)) {
+      Check(Status(StatusCode::kAlreadyExists,
+                   "a Fabric of this name is open over this mesh; close it, or "
+                   "give one of them another name="));
+    }
     key_ = key;
   }
 
@@ -155,7 +160,7 @@ class NativeFabric {
   void Close() {
     if (fabric_ == nullptr) return;
     nb::gil_scoped_release release;
-    if (key_) FabricRegistry::Get().Remove(*key_);
+    if (key_) Registry<Fabric>::Get().Remove(*key_);
     (void)engine().Drain(Deadline::AfterSeconds(kCloseDrainS));
     engine().SayGoodbye();
     engine().Fail(Status(StatusCode::kFailedPrecondition,

@@ -7,6 +7,7 @@
 #include <memory>
 #include <utility>
 
+#include "base/registry.h"
 #include "engine/page_pool.h"
 #include "engine/watcher.h"
 
@@ -25,7 +26,7 @@ class NativePagePool {
         pool_(std::make_shared<PagePool>(
             reinterpret_cast<std::byte*>(address),  // NOLINT
             PagePool::Shape{layers, pages, page_bytes}, std::move(watcher))) {
-    PagePoolRegistry::Get().Add(pool_);
+    Registry<PagePool>::Get().Add(pool_->id(), pool_);
   }
   NativePagePool(const NativePagePool&) = delete;
   NativePagePool& operator=(const NativePagePool&) = delete;
@@ -41,7 +42,7 @@ class NativePagePool {
   }
   void Close() {
     nb::gil_scoped_release release;  // a copy may be under way
-    PagePoolRegistry::Get().Remove(pool_->id());
+    Registry<PagePool>::Get().Remove(pool_->id());
     pool_->Close();
   }
 
