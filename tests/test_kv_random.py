@@ -32,6 +32,7 @@ from transfer_cases import until
 
 import jaxfabric as jf
 from jaxfabric.kv import State
+from jaxfabric.kv._pages import IDS_BEGIN, IdPairs
 
 SEED = int(os.environ.get("JAXFABRIC_KV_SEED", "6"))
 CHILD = Path(__file__).parent / "kv_child.py"
@@ -191,6 +192,7 @@ def storm(transport: str, bad_ends: int, kills: int, seed: int) -> None:
     tx_layouts = [layout(), layout(page_tokens=6)]
     with sides(transport, tx_layouts, [layout(pages=64)]) as (tx, (rx,)):
         tx[1]._whole_tokens = 5
+        rx._ids = IdPairs(IDS_BEGIN, IDS_BEGIN + 2 * bad_ends)  # they come round
         run = Storm(tx, rx, seed)
         run.run(bad_ends, transport, kills)
 
@@ -205,6 +207,11 @@ def storm(transport: str, bad_ends: int, kills: int, seed: int) -> None:
         assert run.watch.faults == []
         assert len(rx._legs) == 0
         assert rx._slots.free == 256
+        # Those that are given out again say nothing about what they were before.
+        until(lambda: rx._ids.free >= bad_ends * 3 // 4)
+        counts = [rx.engine.imm_count(IDS_BEGIN + i) for i in range(2 * bad_ends)]
+        usable = [not used for used in rx._ids._unusable for _ in range(2)]
+        assert not any(np.array(counts)[usable])
         for each in tx:
             assert each.stats()["bytes"] == each.stats()["requests"] == 0
 

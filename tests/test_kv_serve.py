@@ -3,135 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import run_child
+from router_cases import (
+    TOKEN,
+    Job,
+    aiohttp,
+    counts,
+    hello,
+    here,
+    idle,
+    routing,
+    run,
+    sends,
+    until,
+)
 from test_docs import blocks
 
-aiohttp = pytest.importorskip("aiohttp", reason="serving needs jaxfabric[serve]")
-
-from aiohttp import web  # noqa: E402
-
-from jaxfabric._errors import FabricError  # noqa: E402
-from jaxfabric.kv import serve  # noqa: E402
-from jaxfabric.kv.serve import _messages  # noqa: E402
+from jaxfabric._errors import FabricError
+from jaxfabric.kv import serve
+from jaxfabric.kv.serve import _messages
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKEN = "secret"
-LIMIT_S = 20.0
-
-
-class Router:
-    """A router that listens, and a client of it."""
-
-    def __init__(self, router: serve.Router, url: str, session: Any) -> None:
-        self.router, self.url, self.session = router, url, session
-
-    async def ask(self, **fields: Any) -> tuple[int, list[dict[str, Any]], Any]:
-        """Status, events (or the one refusal), headers."""
-        body = {"tokens": [1, 2, 3], "max_tokens": 3, **fields}
-        async with self.session.post(f"{self.url}/generate", json=body) as response:
-            if response.status != 200:
-                return response.status, [await response.json()], response.headers
-            text = await response.text()
-        lines = [line for line in text.split("\n\n") if line]
-        events = [json.loads(line.removeprefix("data: ")) for line in lines]
-        return 200, events, response.headers
-
-    async def page(self, path: str) -> tuple[int, str]:
-        async with self.session.get(self.url + path) as response:
-            return response.status, await response.text()
-
-
-@contextlib.asynccontextmanager
-async def routing(heartbeat_s: float = 5.0, **options: Any) -> AsyncIterator[Router]:
-    router = serve.Router(**options)
-    app = serve.create_app(router, token=TOKEN, heartbeat_s=heartbeat_s)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.5)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    async with aiohttp.ClientSession() as session:
-        yield Router(router, f"http://{host}:{port}", session)
-    await runner.cleanup()
-
-
-class Job:
-    """A job that answers each prompt as its `act` says, and notes what it was told."""
-
-    def __init__(
-        self, router: Router, role: str, name: str, act: Any = None, **options: Any
-    ) -> None:
-        self.told: list[tuple[str, dict[str, Any]]] = []
-        self.losses = 0
-        self._act = act
-        self.link = serve.JobLink(
-            router.url,
-            token=TOKEN,
-            role=role,
-            name=name,
-            on_message=self._hear,
-            on_lost=self._lost,
-            **{"capacity": 4, **options},
-        )
-        self.task = asyncio.create_task(self.link.run())
-
-    def _hear(self, kind: str, fields: dict[str, Any]) -> None:
-        self.told.append((kind, fields))
-        if self._act is not None and kind != "cancel":
-            self._act(self, fields)
-
-    def _lost(self) -> None:
-        self.losses += 1
-
-    def kinds(self) -> list[str]:
-        return [kind for kind, _ in self.told]
-
-    async def die(self) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-
-
-def sends(job: Job, fields: dict[str, Any]) -> None:
-    """A prefill job that works."""
-    job.link.send("sent", request=fields["request"])
-
-
-def counts(job: Job, fields: dict[str, Any]) -> None:
-    """A decode job that works: each token is one more than the last one."""
-    last, request = fields["tokens"][-1], fields["request"]
-    for step in range(fields["max_tokens"]):
-        job.link.send("tokens", items=[[request, [last + 1 + step]]])
-    job.link.send("finished", request=request, why="length")
-
-
-async def here(router: Router, count: int) -> None:
-    await until(lambda: len(router.router.jobs.by_name) == count)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not true():
-            await asyncio.sleep(0.01)
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await test
-
-    asyncio.run(limited())
-
-
-def idle(router: Router) -> bool:
-    return all(not job.attempts for job in router.router.jobs.by_name.values())
 
 
 def test_an_answer_is_streamed_from_decode() -> None:
@@ -412,9 +310,8 @@ def test_jobs_leave_come_back_and_hang() -> None:
             await until(lambda: router.router.jobs.by_name["p"].leaving)
             _, (refusal,), _ = await router.ask(timeout_s=0.2)
             assert refusal["error"]["reason"] == "deadline"
-            # One with the same name takes its place.
+            # One with the same name gets its place, once that is empty.
             second = Job(router, "prefill", "p", sends)
-            await until(lambda: first.losses == 1)
             await first.die()
             await until(
                 lambda: any(not job.leaving for job in router.router.jobs.of("prefill"))
@@ -458,19 +355,6 @@ def test_a_job_waits_for_its_router_and_comes_back() -> None:
     run(test())
 
 
-def hello(**changes: Any) -> str:
-    fields = {
-        "kind": "hello",
-        "version": _messages.VERSION,
-        "role": "prefill",
-        "name": "p",
-        "capacity": 1,
-        "addresses": [],
-        **changes,
-    }
-    return json.dumps(fields)
-
-
 @pytest.mark.parametrize(
     "said",
     [
@@ -501,8 +385,8 @@ def test_who_says_no_proper_hello_is_no_job(said: str | bytes) -> None:
                     await socket.send_bytes(said)
                 else:
                     await socket.send_str(said)
-                answer = await socket.receive()
-                assert answer.type is aiohttp.WSMsgType.CLOSE
+                assert json.loads((await socket.receive()).data)["kind"] == "refused"
+                assert (await socket.receive()).type is aiohttp.WSMsgType.CLOSE
             assert not router.router.jobs.by_name
 
     run(test())

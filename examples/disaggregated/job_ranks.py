@@ -86,6 +86,7 @@ class Ranks:
         self.leads = self.rank == 0
         self.inbox: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._others: list[multiprocessing.connection.Connection] = []
+        self._reporting = threading.Lock()
         if self.count > 1:
             self._connect()
 
@@ -135,7 +136,8 @@ class Ranks:
         if self.leads:
             self.inbox.put((kind, fields))
         else:
-            self._others[0].send_bytes(json.dumps([kind, fields]).encode())
+            with self._reporting:
+                self._others[0].send_bytes(json.dumps([kind, fields]).encode())
 
 
 @contextlib.contextmanager
@@ -158,6 +160,8 @@ def linked(
     def run() -> None:
         try:
             asyncio.run(link.run())
+        except jf.FabricError as error:
+            logging.getLogger("jaxfabric").error("%s", error)
         finally:
             ranks.inbox.put(("link_ended", {}))
 

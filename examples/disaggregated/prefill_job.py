@@ -27,7 +27,6 @@ from sizes import SIZES
 import jaxfabric as jf
 
 _STATE_S = 1.0
-CONNECT_S = 5.0
 
 
 class Worker:
@@ -86,7 +85,7 @@ class Worker:
         try:
             until = time.monotonic() + left_s
             # One job that hangs must not hold up those that go elsewhere.
-            connect_s = min(left_s, CONNECT_S)
+            connect_s = min(left_s, self._options.peer_timeout_s)
             pending = [
                 self.sender.connect(bytes.fromhex(address), connect_s)
                 for address in self._mine(addresses)

@@ -60,6 +60,10 @@ class Arrivals:
         if error is not None:
             self._count_failed(leg, error)
             return
+        with self._lock:
+            leg.tail_counted = True
+            if leg.quiet:
+                return
         row = self._tails.array[leg.slot]
         request, transfers, nbytes = TAIL_HEADER.unpack_from(row)
         of = leg.receiving
@@ -178,10 +182,10 @@ class Arrivals:
                 leg.quiet = True
                 del self._legs[leg.peer, leg.number]
                 self._slots.give([leg.slot])
-                self._ids.give(leg.ids, clean=leg.counted)
-                if not leg.ended:
+                if leg.written is not None or not leg.ended:
                     for wait in leg.waits:
                         wait.cancel()
+                self._give_ids(leg)
             for request in {leg.receiving for leg in legs}.union(others):
                 if request.state is State.MOVING:
                     parts = [request._legs.get(rank) for rank in request._sources]
@@ -200,6 +204,40 @@ class Arrivals:
                 self._on_slot.pop(next(iter(self._on_slot)))()
         for request in complete:
             request._resolve(None)
+
+    def _give_ids(self, leg: Leg) -> None:
+        """Gives them back, once all is counted that was written. Needs the lock."""
+        if not leg.counted and leg.written is not None:
+            transfers, tails = leg.written
+            tails -= leg.tail_counted
+            most = self.layout.layers * leg.receiving.num_tokens
+            if transfers <= most and 0 <= tails <= 1:
+                self._count_rest(leg.ids, [(leg.ids + 1, tails), (leg.ids, transfers)])
+                return
+        self._ids.give(leg.ids, clean=leg.counted)
+
+    def _count_rest(self, ids: int, rest: list[tuple[int, int]]) -> None:
+        """Counts what nobody waits for any more, so that nothing of it is left."""
+
+        def counted(error: FabricError | None) -> None:
+            if error is None:
+                self._count_rest(ids, rest)
+            else:
+                self._ids_over(ids, clean=False)
+
+        while rest:
+            id, count = rest.pop()
+            if count:
+                try:
+                    self._waits.count(id, count, _LATE_COUNTS_S, counted)
+                except FabricError:
+                    self._ids_over(ids, clean=False)
+                return
+        self._ids_over(ids, clean=True)
+
+    def _ids_over(self, ids: int, *, clean: bool) -> None:
+        with self._lock:
+            self._ids.give(ids, clean=clean)
 
     def _refuse(self, peer: int, leg: int, why: str) -> None:
         self._waits.tell(peer, "cancel", leg=leg, why=why)

@@ -14,6 +14,7 @@ from jaxfabric.kv._pages import FreeList
 from jaxfabric.kv._plan import plan_copies
 from jaxfabric.kv._pool import TAIL_HEADER, Pool
 from jaxfabric.kv._sending import Leg, Piece, Sending
+from jaxfabric.kv._shares import Shares
 from jaxfabric.kv._waits import Waits
 
 _OVER = (State.COMPLETE, State.RELEASED)
@@ -29,6 +30,7 @@ class Deliveries:
         pool: Any,
         *,
         requests: int,
+        waiting: int,
         bytes_max: int,
         tail_bytes: int,
     ) -> None:
@@ -42,26 +44,42 @@ class Deliveries:
         self._requests: dict[int, Sending] = {}
         self._legs: dict[int, Leg] = {}
         self._waiting: deque[Sending] = deque()
-        self._ready: deque[tuple[Leg, Piece]] = deque()  # granted, not posted
-        self._bytes, self._bytes_max = 0, bytes_max  # under way
+        # Granted and not posted, by peer: the first one is the next one's turn.
+        self._ready: dict[int, deque[tuple[Leg, Piece]]] = {}
+        # None of these goes to one receiver alone, which may hang.
+        self._places = Shares(requests)  # requests that have a slot
+        self._queued = Shares(waiting)  # those that wait for one
+        self._bytes = Shares(bytes_max)  # under way
         self._closed = False
 
     # --- What is sent, and when ---
 
     def _admit(self) -> None:
         """Asks the receivers of those whose turn has come. Needs the lock."""
-        while self._waiting and self._slots.free > 0:
-            request = self._waiting.popleft()
+        full: set[int] = set()
+        for request in list(self._waiting):
+            if not self._slots.free:
+                return
+            peers = request._peers
+            if not full.isdisjoint(peers) or not self._places.has_room(peers, 1):
+                full.update(p for p in peers if not self._places.has_room([p], 1))
+                continue
+            self._waiting.remove(request)
+            self._queued.give(peers, 1)
+            self._places.take(peers, 1)
             (request._slot,) = self._slots.take(1)
             self._fill_tail(request)
             for leg in request._legs:
-                leg.asked = True
-                self._waits.tell(
-                    *(leg.target.peer, "open"),
-                    leg=leg.number,
-                    request=request.request_id,
-                    tokens=request.num_tokens,
-                )
+                self._ask(leg)
+
+    def _ask(self, leg: Leg) -> None:
+        leg.asked = True
+        self._waits.tell(
+            *(leg.target.peer, "open"),
+            leg=leg.number,
+            request=leg.sending.request_id,
+            tokens=leg.sending.num_tokens,
+        )
 
     def _piece(self, layers: tuple[int, ...], first: int, last: int) -> Piece:
         token_bytes = self.layout.nbytes // (
@@ -74,22 +92,36 @@ class Deliveries:
             request._transfers += 1
         for leg in request._legs:
             if leg.state is State.MOVING:
-                self._ready.append((leg, piece))
+                self._make_ready(leg, piece)
             elif leg.state is State.WAITING:
                 leg.pieces.append(piece)
+
+    def _make_ready(self, leg: Leg, *pieces: Piece) -> None:
+        """It is posted as soon as there is room. Needs the lock."""
+        queue = self._ready.setdefault(leg.target.peer, deque())
+        queue.extend((leg, piece) for piece in pieces)
+
+    def _next_ready(self) -> tuple[Leg, Piece] | None:
+        """Takes what is to be posted next, if there is room. Needs the lock."""
+        for peer, queue in self._ready.items():
+            if queue and self._bytes.has_room([peer], queue[0][1].nbytes):
+                leg, piece = queue.popleft()
+                del self._ready[peer]
+                if queue:  # the others have their turn first
+                    self._ready[peer] = queue
+                leg.under_way += 1
+                self._bytes.take([peer], piece.nbytes)
+                return leg, piece
+        return None
 
     def _pump(self) -> None:
         """Posts what there is room for. Copies may run here: never under the lock."""
         while True:
             with self._lock:
-                if not self._ready:
-                    return
-                leg, piece = self._ready[0]
-                if self._bytes > 0 and self._bytes + piece.nbytes > self._bytes_max:
-                    return  # until a write has ended
-                self._ready.popleft()
-                leg.under_way += 1
-                self._bytes += piece.nbytes
+                ready = self._next_ready()
+            if ready is None:
+                return  # until a write has ended
+            leg, piece = ready
             try:
                 future = self._post(leg, piece)
             except FabricError as error:
@@ -152,9 +184,11 @@ class Deliveries:
     def _written(self, leg: Leg, piece: Piece, error: FabricError | None) -> None:
         with self._lock:
             leg.under_way -= 1
-            self._bytes -= piece.nbytes
+            self._bytes.give([leg.target.peer], piece.nbytes)
             if error is None:
                 leg.done.append(piece)
+            else:
+                leg.spoilt = True
         if error is not None:
             self._fail(leg.sending, error)
         self._settle(leg.sending)
@@ -196,9 +230,9 @@ class Deliveries:
                     leg.advance(Event.FAIL)
                     leg.pieces.clear()
                     cancelled += leg.posted
-            self._ready = deque(
-                entry for entry in self._ready if entry[0].sending is not request
-            )
+                queue = self._ready.pop(leg.target.peer, ())
+                if kept := deque(each for each in queue if each[0] is not leg):
+                    self._ready[leg.target.peer] = kept
         for future in cancelled:
             future.cancel()
         self._settle(request)
@@ -226,23 +260,27 @@ class Deliveries:
             request._timer.cancel()
             if request._slot is None:
                 self._waiting.remove(request)
+                self._queued.give(request._peers, 1)
             else:
                 self._slots.give([request._slot])
+                self._places.give(request._peers, 1)
             self._admit()
         request._resolve(None, request._failure)
 
     def _end(self, leg: Leg) -> None:
         """Tells the receiver that nothing of a leg is under way. Needs the lock."""
         del self._legs[leg.number]
-        if not leg.asked:
-            return
+        if not leg.asked:  # it never had its turn, and the receiver waits for it
+            self._ask(leg)
         well = leg.state is State.COMPLETE
         if well:
             leg.advance(Event.RELEASE)
+        layers = sum(1 for piece in leg.done if piece.layers)
         self._waits.tell(
             *(leg.target.peer, "end"),
             leg=leg.number,
             well=well,
             failed=leg.failed_pages() if leg.pages else None,
+            written=None if leg.spoilt else [layers, len(leg.done) - layers],
             why="" if well else str(leg.sending._failure),
         )

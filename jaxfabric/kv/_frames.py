@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxfabric._json_frames import JsonFrames, is_text, is_u64
 
-VERSION = 2
+VERSION = 3
 
 
 def _is_numbers(value: Any) -> bool:
@@ -16,6 +16,10 @@ def _is_numbers(value: Any) -> bool:
 
 def _is_numbers_or_null(value: Any) -> bool:
     return value is None or _is_numbers(value)
+
+
+def _is_pair_or_null(value: Any) -> bool:
+    return value is None or (_is_numbers(value) and len(value) == 2)
 
 
 def _is_flag(value: Any) -> bool:
@@ -40,6 +44,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "leg": is_u64,
         "well": _is_flag,
         "failed": _is_numbers_or_null,  # pages; null where all are
+        "written": _is_pair_or_null,  # transfers, tails; null: nobody knows
         "why": is_text,
     },
     "bye": {},

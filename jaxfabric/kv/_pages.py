@@ -48,26 +48,30 @@ class FreeList:
 class IdPairs:
     """Pairs of the engine's 27-bit ids for requests, whose own ids have 64 bits.
 
-    A pair of a transfer that ended badly is never given out again: a part of it may
-    have been counted.
+    A pair of a transfer that ended badly is never given out again if a part of it may
+    have been counted. A pair takes a byte of memory, once it was given out.
     """
 
     def __init__(self, begin: int = IDS_BEGIN, end: int = IDS_END - (1 << 25)) -> None:
-        self._begin, self._end = begin, end
-        self._next = begin
-        self._unusable: set[int] = set()  # in use, or retired
+        self._begin = begin
+        self._next = 0  # in turn: the one that was free longest, or almost
+        self._unusable = bytearray((end - begin) // 2)  # in use, or retired
+        self.free = len(self._unusable)
 
     def take(self) -> int:
         """The first of two ids, the second of which is one more."""
-        for _ in range(len(self._unusable) + 1):
-            pair = self._next
-            self._next = pair + 2 if pair + 4 <= self._end else self._begin
-            if pair not in self._unusable:
-                self._unusable.add(pair)
-                return pair
-        raise CapacityError("jf.kv: all ids are used up; make a new TransferEngine")
+        place = self._unusable.find(0, self._next)
+        if place < 0:
+            place = self._unusable.find(0)
+        if place < 0:
+            raise CapacityError("jf.kv: all ids are used up; make a new TransferEngine")
+        self._unusable[place] = 1
+        self._next = place + 1
+        self.free -= 1
+        return self._begin + 2 * place
 
     def give(self, pair: int, *, clean: bool) -> None:
         """Takes it back, for ever unless all was counted that was sent under it."""
         if clean:
-            self._unusable.remove(pair)
+            self._unusable[(pair - self._begin) // 2] = 0
+            self.free += 1

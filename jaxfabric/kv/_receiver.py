@@ -119,9 +119,15 @@ class PageReceiver(Arrivals):
                 raise FabricError(f"expect: request {request_id}: {why} already")
             pages = self._pages.take(self.layout.pages_for(num_tokens))
             request = Receiving(self, request_id, num_tokens, pages, limit_s)
+            try:
+                request._timer = self._waits.after(
+                    limit_s, lambda: self._expire(request)
+                )
+            except FabricError:  # the engine was closed
+                self._pages.give(pages)
+                raise
             self._requests[request_id] = request
             self._unwanted.pop(request_id, None)
-            request._timer = self._waits.after(limit_s, lambda: self._expire(request))
             for peer, sender in self._senders.items():
                 self._open_parked(peer, sender, request_id)
         return request
@@ -198,13 +204,18 @@ class PageReceiver(Arrivals):
         elif kind == "end":
             with self._lock:
                 found = self._legs.get((peer, fields["leg"]))
-                sender.parked = {
-                    request: parked
-                    for request, parked in sender.parked.items()
-                    if parked[0] != fields["leg"]
-                }
+                given_up = [
+                    request
+                    for request, (leg, _) in sender.parked.items()
+                    if leg == fields["leg"]
+                ]
+                for request_id in given_up:
+                    del sender.parked[request_id]
             if found is not None:
+                found.written = fields["written"]
                 self._end(found, fields["well"], fields["failed"], fields["why"])
+            for request_id in given_up:
+                self._given_up(request_id, sender.layout.tp_rank, fields["why"])
 
     def _hello(self, peer: int, fields: dict[str, Any]) -> None:
         try:
@@ -313,6 +324,14 @@ class PageReceiver(Arrivals):
         if self._senders.get(peer) is sender and request_id in sender.parked:
             leg, tokens = sender.parked.pop(request_id)
             self._open(peer, sender, leg, request_id, tokens)
+
+    def _given_up(self, request_id: int, tp_rank: int, why: str) -> None:
+        """A sender waits no more for its part of a request."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is None or tp_rank in request._legs:
+                return
+        self._fail(request, FabricError(f"request {request_id}: {why}"))
 
     # --- Senders that are gone ---
 

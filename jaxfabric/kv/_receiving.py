@@ -114,6 +114,8 @@ class Leg:
     slot: int  # of the tail
     waits: list[Any] = dataclasses.field(default_factory=list)
     tail: bytes = b""
+    tail_counted: bool = False
     counted: bool = False  # all of it is here
     ended: bool = False  # the sender says that no write of it is under way
+    written: list[int] | None = None  # and so many transfers and tails came to an end
     quiet: bool = False  # no write can land any more

@@ -33,7 +33,9 @@ class PageSender(Targets):
         is sent, not layer by layer: that is faster for short ones.
       requests: so many are under way at a time; others wait for their turn.
       waiting: so many may wait; beyond that `begin` raises.
-      bytes_max: bytes that are being written at a time; others wait.
+      bytes_max: bytes that are being written at a time; others wait. Of these three,
+        a receiver gets three quarters of what others leave, so that one that hangs
+        holds up nobody else; who has no write under way may have one.
       tail_bytes: room for a tail.
 
     Attributes:
@@ -69,6 +71,7 @@ class PageSender(Targets):
         super().__init__(
             *(engine, layout, pool),
             requests=requests,
+            waiting=waiting,
             bytes_max=bytes_max,
             tail_bytes=tail_bytes,
         )
@@ -131,20 +134,32 @@ class PageSender(Targets):
                         f"receiver, which has {target.layout.pages}"
                     )
                 plan_copies(*layouts, (), chosen, places, num_tokens)
-            if len(self._waiting) >= self._waiting_max:
+            full = len(self._waiting) >= self._waiting_max
+            if full or not self._queued.has_room(numbers, 1):
                 raise CapacityError(
-                    f"begin: {len(self._waiting)} requests wait for their turn; await "
-                    "some, or give a larger waiting="
+                    f"begin: {len(self._waiting)} requests wait for their turn, at "
+                    f"receivers {numbers} {[self._queued.held(n) for n in numbers]}; "
+                    "await some, or give a larger waiting="
                 )
             request = Sending(self, request_id, num_tokens, chosen, limit_s)
+            request._peers = tuple(numbers)
             self._requests[request_id] = request
             for target in targets:
                 leg = Leg(target, self._next_leg, request)
                 self._next_leg += 1
                 self._legs[leg.number] = leg
                 request._legs.append(leg)
-            request._timer = self._waits.after(limit_s, lambda: self._expire(request))
+            try:
+                request._timer = self._waits.after(
+                    limit_s, lambda: self._expire(request)
+                )
+            except FabricError:  # the engine was closed
+                del self._requests[request_id]
+                for leg in request._legs:
+                    del self._legs[leg.number]
+                raise
             self._waiting.append(request)
+            self._queued.take(numbers, 1)
             self._admit()
         return request
 
@@ -239,7 +254,7 @@ class PageSender(Targets):
             return {
                 "requests": len(self._requests),
                 "waiting": len(self._waiting),
-                "bytes": self._bytes,
+                "bytes": self._bytes.used,
                 "receivers": len(self._targets),
             }
 

@@ -63,6 +63,7 @@ class Leg:
     pieces: list[Piece] = dataclasses.field(default_factory=list)  # not posted yet
     posted: list[Any] = dataclasses.field(default_factory=list)  # futures
     under_way: int = 0
+    spoilt: bool = False  # a write ended badly: nobody knows what of it has landed
     done: list[Piece] = dataclasses.field(default_factory=list)
 
     def advance(self, event: Event) -> None:
@@ -124,6 +125,7 @@ class Sending(Outcome):
         self.timeout_s = timeout_s
         self._owner = owner
         self._legs: list[Leg] = []
+        self._peers: tuple[int, ...] = ()  # where they go
         self._sent: dict[int, list[tuple[int, int]]] = {}  # ranges, by layer
         self._transfers = 0
         self._slot: int | None = None

@@ -34,6 +34,7 @@ class Targets(Deliveries):
         super().__init__(*args, **kwargs)
         self._targets: dict[int, Target] = {}
         self._connecting: dict[int, list[Outcome]] = {}
+        self._watched: set[int] = set()  # greeted, and not lost
         self._number = secrets.randbits(64)
 
     def connect(
@@ -80,6 +81,9 @@ class Targets(Deliveries):
                 for leg in self._legs.values()
             )
             if not closed and not known and not busy:
+                if peer not in self._watched:
+                    self._waits.watch(peer, lambda error: self._lost(peer, error))
+                    self._watched.add(peer)
                 self._connecting.setdefault(peer, []).append(outcome)
         if closed or known:
             outcome._resolve(peer, self._closed_error() if closed else None)
@@ -99,7 +103,7 @@ class Targets(Deliveries):
             f"connect: no PageReceiver answered in time at peer {peer}; is it a "
             "PageReceiver's address?"
         )
-        self._waits.after(left_s, lambda: outcome._resolve(None, why))
+        self._waits.after(left_s, lambda: self._unanswered(peer, outcome, why))
         self._waits.tell(
             peer,
             "hello",
@@ -108,6 +112,15 @@ class Targets(Deliveries):
             layout=self.layout.to_json(),
             process=this_process(),
         )
+
+    def _unanswered(self, peer: int, outcome: Outcome, why: FabricError) -> None:
+        with self._lock:
+            waiting = self._connecting.get(peer, [])
+            if outcome in waiting:
+                waiting.remove(outcome)
+                if not waiting:
+                    del self._connecting[peer]
+        outcome._resolve(None, why)
 
     def _welcome(self, peer: int, fields: dict[str, Any]) -> None:
         failure: FabricError | None = None
@@ -129,7 +142,6 @@ class Targets(Deliveries):
             if failure is None and peer not in self._targets and not self._closed:
                 room = fields["tail_bytes"]
                 self._targets[peer] = Target(peer, layout, pool, tails, room)
-                self._waits.watch(peer, lambda error: self._lost(peer, error))
         for outcome in waiting:
             outcome._resolve(peer, failure)
 
@@ -156,9 +168,13 @@ class Targets(Deliveries):
     def _lost(self, peer: int, error: FabricError) -> None:
         with self._lock:
             self._targets.pop(peer, None)
+            self._watched.discard(peer)
+            greeted = self._connecting.pop(peer, [])
             requests = {
                 leg.sending for leg in self._legs.values() if leg.target.peer == peer
             }
+        for outcome in greeted:
+            outcome._resolve(None, PeerLostError(f"connect: {error}", (peer,)))
         for request in requests:
             text = (
                 f"send: request {request.request_id}: its receiver was lost: {error}; "
@@ -215,6 +231,6 @@ class Targets(Deliveries):
             leg.advance(Event.GRANTED)
             leg.pages = tuple(fields["pages"])
             leg.id, leg.slot = id, slot
-            self._ready.extend((leg, piece) for piece in leg.pieces)
+            self._make_ready(leg, *leg.pieces)
             leg.pieces.clear()
         self._pump()

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from jaxfabric.kv.serve import _messages
-from jaxfabric.kv.serve._jobs import Job
+from jaxfabric.kv.serve._jobs import Job, NameTakenError
 from jaxfabric.kv.serve._prompt import ByteText, Prompt, RequestError, Text
 from jaxfabric.kv.serve._router import Router
 
@@ -148,21 +148,22 @@ class _Http:
         try:
             async with asyncio.timeout(_HELLO_S):
                 first = await socket.receive()
-            kind, hello = _messages.decode(first.data, ("hello",))
-            if hello["version"] != _messages.VERSION:
-                raise _messages.MessageError(
-                    f"{kind}: version {hello['version']}, the router has "
-                    f"{_messages.VERSION}: run the same jaxfabric on both sides"
-                )
-        except (_messages.MessageError, TimeoutError) as error:
-            await _close(socket, str(error) or "no hello came")
-            return socket
-        await self._serve_job(socket, hello)
+            _, hello = _messages.decode(first.data, ("hello",))
+            hello["where"] += f" ({request.remote})"
+            await self._serve_job(socket, hello)
+        except TimeoutError:
+            await _refuse(socket, f"no hello came in {_HELLO_S} s", _HELLO_S)
+        except _messages.MessageError as error:
+            await _refuse(socket, str(error), 0)
+        except NameTakenError as error:
+            # One that is dead is lost within one and a half heartbeats.
+            await _refuse(socket, str(error), 2 * self._heartbeat_s)
         return socket
 
     async def _serve_job(
         self, socket: web.WebSocketResponse, hello: dict[str, Any]
     ) -> None:
+        """Until it is gone; raises NameTakenError if it is not let in."""
         outbox: asyncio.Queue[str] = asyncio.Queue(_OUTBOX_MAX)
         closing = asyncio.Event()
         reasons: list[str] = []
@@ -186,12 +187,14 @@ class _Http:
             role=hello["role"],
             capacity=hello["capacity"],
             addresses=hello["addresses"],
+            where=hello["where"],
+            instance=hello["instance"],
             send=send,
             close=close,
         )
-        send("welcome", {})
         self._router.add_job(job)
-        _log.info("router: %s job %s is here", job.role, job.name)
+        send("welcome", {})
+        _log.info("router: %s job %s is here, in %s", job.role, job.name, job.where)
         tasks = [
             asyncio.create_task(each)
             for each in (write(), self._listen(socket, job), closing.wait())
@@ -251,6 +254,13 @@ def _refusal(error: RequestError, about: dict[str, Any]) -> web.Response:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     return web.json_response({"error": about}, status=error.status, headers=headers)
+
+
+async def _refuse(socket: web.WebSocketResponse, why: str, again_s: float) -> None:
+    with contextlib.suppress(ConnectionError):
+        fields = {"why": why, "again_s": again_s}
+        await socket.send_str(_messages.encode("refused", fields))
+    await _close(socket, why)
 
 
 async def _close(socket: web.WebSocketResponse, why: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import secrets
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +32,7 @@ class JobLink:
       url: of the router, such as ``"http://host:8000"``.
       token: that the router wants to see.
       role: ``"prefill"`` or ``"decode"``.
-      name: of the job; one that comes with the same name takes its place.
+      name: of the job; no other one that is alive may have it.
       capacity: how many requests it takes at a time.
       addresses: of a decode job's PageReceivers, one for each rank.
       on_message: called in the loop with (kind, fields): ``"prefill"``, ``"expect"``
@@ -70,6 +73,8 @@ class JobLink:
             "name": name,
             "capacity": capacity,
             "addresses": [address.hex() for address in addresses],
+            "instance": secrets.randbits(64),
+            "where": f"{socket.gethostname()[:256]}, process {os.getpid()}",
         }
         _messages.encode("hello", self._hello)  # its mistakes show here
         self._on_message, self._on_lost = on_message, on_lost
@@ -77,6 +82,8 @@ class JobLink:
         self._outbox: asyncio.Queue[str] | None = None
         self._heartbeat_s = heartbeat_s
         self._closed = asyncio.Event()
+        self._is_closed = False
+        self._tries_until: float | None = None  # while the router refuses this job
 
     def send(self, kind: str, **fields: Any) -> None:
         """Says something to the router, from any thread; lost if it is not there.
@@ -95,7 +102,8 @@ class JobLink:
             self._outbox.put_nowait(text)
 
     def close(self) -> None:
-        """Ends `run`, from any thread."""
+        """Ends `run`, from any thread; also one that has not begun."""
+        self._is_closed = True
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._closed.set)
@@ -104,9 +112,13 @@ class JobLink:
         """Connects, and serves until `close`.
 
         Raises:
-          FabricError: the router wants another token, or refuses what it is told.
+          FabricError: the router wants another token, or refuses this job: what it
+            says is malformed, or another job has its name, and still has when a dead
+            one would have been lost.
         """
         self._loop = asyncio.get_running_loop()
+        if self._is_closed:  # before there was a loop to tell
+            self._closed.set()
         pause_s = _PAUSE_S
         async with aiohttp.ClientSession() as session:
             while not self._closed.is_set():
@@ -116,8 +128,8 @@ class JobLink:
                         headers=self._headers,
                         heartbeat=self._heartbeat_s,
                         max_msg_size=_messages.MESSAGE_BYTES_MAX,
-                    ) as socket:
-                        await self._serve(socket)
+                    ) as connection:
+                        await self._serve(connection)
                         pause_s = _PAUSE_S
                 except aiohttp.WSServerHandshakeError as error:
                     if error.status == 401:
@@ -132,18 +144,18 @@ class JobLink:
                         await self._closed.wait()
                 pause_s = min(_PAUSE_MAX_S, 2 * pause_s)
 
-    async def _serve(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _serve(self, connection: aiohttp.ClientWebSocketResponse) -> None:
         outbox: asyncio.Queue[str] = asyncio.Queue()
         self._outbox = outbox
-        await socket.send_str(_messages.encode("hello", self._hello))
+        await connection.send_str(_messages.encode("hello", self._hello))
 
         async def write() -> None:
             while True:
-                await socket.send_str(await outbox.get())
+                await connection.send_str(await outbox.get())
 
         tasks = [
             asyncio.create_task(each)
-            for each in (write(), self._listen(socket), self._closed.wait())
+            for each in (write(), self._listen(connection), self._closed.wait())
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -159,13 +171,29 @@ class JobLink:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._on_lost()
-        if socket.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION:
+        if connection.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION:
             _log.warning("JobLink: the router closed the connection")
 
-    async def _listen(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        async for message in socket:
+    async def _listen(self, connection: aiohttp.ClientWebSocketResponse) -> None:
+        async for message in connection:
             if message.type is not aiohttp.WSMsgType.TEXT:
                 return
             kind, fields = _messages.decode(message.data, _messages.OF_ROUTER)
-            if kind != "welcome":
+            if kind == "welcome":
+                self._tries_until = None
+            elif kind == "refused":
+                self._refused(fields["why"], fields["again_s"])
+            else:
                 self._on_message(kind, fields)
+
+    def _refused(self, why: str, again_s: float) -> None:
+        """Raises FabricError once it is not worth another try."""
+        now = asyncio.get_running_loop().time()
+        if self._tries_until is None:
+            self._tries_until = now + again_s
+            if again_s > 0:
+                _log.warning(
+                    "JobLink: %s: %s; trying for %g s", self._url, why, again_s
+                )
+        if now >= self._tries_until:
+            raise FabricError(f"JobLink: {self._url}: {why}")

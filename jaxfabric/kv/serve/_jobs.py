@@ -6,10 +6,15 @@ import asyncio
 import collections
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
 from jaxfabric.kv.serve._messages import ROLES
+
+
+class NameTakenError(Exception):
+    """A job of this name is here already; says where each of them is."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,6 +22,8 @@ class Job:
     """A prefill or decode job that is connected.
 
     Attributes:
+      where: it runs, for people.
+      instance: the same whenever it connects; another job has another one.
       send: hands it a message, and returns at once.
       close: ends its connection, with a reason.
       attempts: what is under way there, by request id.
@@ -27,11 +34,14 @@ class Job:
     role: str
     capacity: int
     addresses: list[str]
+    where: str
+    instance: int
     send: Callable[[str, dict[str, Any]], None]
     close: Callable[[str], None]
     attempts: dict[int, Attempt] = dataclasses.field(default_factory=dict)
     numbers: dict[str, int] = dataclasses.field(default_factory=dict)
     leaving: bool = False
+    since: float = dataclasses.field(default_factory=time.time)
 
     @property
     def free(self) -> int:
@@ -91,10 +101,22 @@ class Jobs:
         return [role for role in ROLES if not self.of(role)]
 
     def add(self, job: Job) -> None:
-        """It is here; it takes the place of one with the same name."""
+        """It is here; one that has connected again takes its own place.
+
+        Raises:
+          NameTakenError: another one has its name, and is not known to be lost.
+        """
         before = self.by_name.get(job.name)
         if before is not None:
-            before.close("another job came with this name")
+            if before.instance != job.instance:
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(before.since))
+                raise NameTakenError(
+                    f"{job.role} job {job.name} in {job.where}: the name is taken by "
+                    f"the {before.role} job in {before.where}, which has been here for "
+                    f"{time.time() - before.since:.0f} s (since {since} UTC); give one "
+                    "of them another name, or end that one first"
+                )
+            before.close("it has connected again")
             self.remove(before)
         self.by_name[job.name] = job
         self.hand_out()

@@ -2,8 +2,9 @@
 
 | message | from | says |
 | --- | --- | --- |
-| hello | job | version, role, name, capacity, addresses: one engine for each rank |
+| hello | job | version, who and where it is, capacity, an address for each rank |
 | welcome | router | the job is in |
+| refused | router | it is not: why, and for how long it is worth another try |
 | expect | router | decode job: tokens of the prompt and how many to make, until when |
 | prefill | router | prefill job: the same, and the decode job's addresses |
 | cancel | router | a request is over for this job |
@@ -22,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 MESSAGE_BYTES_MAX = 1 << 22  # a prompt of PROMPT_TOKENS_MAX tokens, as JSON
 PROMPT_TOKENS_MAX = 1 << 18
 _TEXT_CHARS_MAX = 1024
@@ -92,6 +93,10 @@ def _seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e6
 
 
+def _seconds_or_0(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e6
+
+
 def _numbers(value: Any) -> bool:
     number = _natural(1 << 63)
     return (
@@ -116,8 +121,11 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "name": lambda value: _text(value) and bool(value),
         "capacity": _natural(1 << 16, 1),
         "addresses": _addresses,
+        "instance": _id,
+        "where": _text,
     },
     "welcome": {},
+    "refused": {"why": _text, "again_s": _seconds_or_0},
     "expect": _REQUEST,
     "prefill": {**_REQUEST, "addresses": _addresses},
     "cancel": {"request": _id},
@@ -132,7 +140,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "state": {"addresses": _addresses, "numbers": _numbers},
     "leaving": {},
 }
-OF_ROUTER = ("welcome", "expect", "prefill", "cancel")
+OF_ROUTER = ("welcome", "refused", "expect", "prefill", "cancel")
 OF_JOB = ("sent", "tokens", "finished", "failed", "state", "leaving")
 
 
@@ -169,6 +177,11 @@ def decode(text: Any, kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
 
 def _check(kind: str, fields: Mapping[str, Any]) -> None:
     checks = _FIELDS[kind]
+    if kind == "hello" and fields.get("version") != VERSION:
+        raise MessageError(
+            f"hello: version {str(fields.get('version'))[:16]}, the router has "
+            f"{VERSION}: run the same jaxfabric on both sides"
+        )
     if set(fields) != set(checks):
         raise MessageError(f"{kind}: has {sorted(fields)}, wants {sorted(checks)}")
     for name, check in checks.items():

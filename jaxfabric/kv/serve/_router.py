@@ -82,7 +82,11 @@ class Router:
     # --- Jobs ---
 
     def add_job(self, job: Job) -> None:
-        """A job said hello."""
+        """A job said hello.
+
+        Raises:
+          NameTakenError: another one has its name.
+        """
         self.jobs.add(job)
 
     def remove_job(self, job: Job) -> None:
