@@ -287,7 +287,8 @@ LONG_STAGES = (
         "serving",
         900,
         _network("link_peer", "softefa")
-        + "pytest tests/network/test_serving.py tests/test_kv_serve_jobs.py -s\n",
+        + "pytest -m 'not example' -s \\\n"
+        + "  tests/network/test_serving.py tests/test_kv_serve_jobs.py\n",
     ),
     Stage("clang-tidy-deep", 1200, _clang_tidy()),
     Stage("cpp", 600, _cpp("cpp")),

@@ -1,6 +1,6 @@
 """A process that sends requests, or expects one, until it is killed.
 
-python kv_child.py receiver TRANSPORT LAYOUT
+python kv_child.py receiver TRANSPORT LAYOUT [TOKENS]
 python kv_child.py sender TRANSPORT LAYOUT ADDRESS ID...
 python kv_child.py second TRANSPORT LAYOUT ADDRESS ID...
 python kv_child.py again TRANSPORT LAYOUT
@@ -35,7 +35,7 @@ def send_all(
 
 
 def main(
-    role: str, transport: str, layout: str, address: str = "", *requests: str
+    role: str, transport: str, layout: str, address: str = "10", *requests: str
 ) -> None:
     of = jf.kv.PageLayout.from_json(json.loads(layout))
     with jf.TransferEngine(
@@ -48,7 +48,7 @@ def main(
     ) as engine:
         if role == "receiver":
             receiver = jf.kv.PageReceiver(engine, of)
-            receiver.expect(1, 10)
+            receiver.expect(1, int(address))
             print(engine.address().to_bytes().hex(), flush=True)
         elif role in ("sender", "second"):
             sender = jf.kv.PageSender(engine, of)

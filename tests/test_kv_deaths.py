@@ -79,6 +79,39 @@ def all_free(rx: jf.kv.PageReceiver) -> bool:
 
 
 @pytest.mark.parametrize("transport", ["shm", "ofi/tcp"])
+def test_a_receiver_that_hangs_holds_up_no_other_one(transport: str) -> None:
+    of, pages = LARGE, range(64)
+    with (
+        child("receiver", transport, str(LARGE_TOKENS), of=of) as hangs,
+        engine(transport, name="works") as theirs,
+        engine(transport, name="prefill", peer_timeout_s=60.0) as ours,
+        jf.kv.PageReceiver(theirs, of) as works,
+        jf.kv.PageSender(ours, of, requests=4, bytes_max=of.nbytes // 2) as tx,
+    ):
+        first = tx.connect(bytes.fromhex(hangs.stdout.readline())).result()
+        second = connected(tx, works)
+        stuck = tx.begin(1, first, pages=pages, num_tokens=LARGE_TOKENS)
+        until(lambda: stuck._legs[0].state is State.MOVING)
+        hangs.send_signal(signal.SIGSTOP)
+        send_all(stuck, of.layers)
+        waiting = [
+            tx.begin(i, first, pages=pages, num_tokens=LARGE_TOKENS) for i in (2, 3, 4)
+        ]
+        for i in range(10, 14):
+            with works.expect(i, LARGE_TOKENS) as request:
+                sending = tx.begin(i, second, pages=pages, num_tokens=LARGE_TOKENS)
+                send_all(sending, of.layers)
+                request.result(15)
+                sending.result(15)
+        assert not waiting[0].done()
+        assert transport == "shm" or not stuck.done()
+        hangs.send_signal(signal.SIGCONT)
+        stuck.result(15)
+        for each in waiting:
+            each.cancel()
+
+
+@pytest.mark.parametrize("transport", ["shm", "ofi/tcp"])
 def test_a_killed_senders_requests_fail_and_others_do_not(transport: str) -> None:
     with one(transport) as ((tx,), (rx,)):
         peer = connected(tx, rx)

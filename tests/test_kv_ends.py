@@ -24,7 +24,7 @@ def test_a_receiver_that_is_lost_while_it_is_greeted_is_named_at_once() -> None:
         outcome = tx.connect(silent.address(), 30.0)
         until(lambda: tx._connecting)
         silent.close()
-        with pytest.raises(jf.PeerLostError, match="connect: .*silent"):
+        with pytest.raises(jf.PeerLostError, match=r"connect: .*silent"):
             outcome.result(10)
         assert time.monotonic() - begin < 10
         assert not tx._connecting

@@ -66,6 +66,32 @@ def test_a_receiver_that_grants_nothing_holds_up_nobody_else() -> None:
         assert tx.stats() == {"requests": 0, "waiting": 0, "bytes": 0, "receivers": 2}
 
 
+def test_a_sender_that_hangs_keeps_no_other_one_from_its_grants() -> None:
+    with (
+        engine() as a,
+        engine(name="hangs") as b,
+        engine(name="works") as c,
+        jf.kv.PageReceiver(a, layout(), tails=4) as rx,
+        jf.kv.PageSender(b, layout()) as hangs,
+        jf.kv.PageSender(c, layout()) as works,
+    ):
+        first, second = connected(hangs, rx), connected(works, rx)
+        stuck = []
+        for i in range(5):
+            rx.expect(i, 4)
+            stuck.append(hangs.begin(i, first, pages=[0], num_tokens=4))
+        until(lambda: len(rx._on_slot) == 2)
+        for i in range(10, 13):
+            with rx.expect(i, 4) as request:
+                send_all(works.begin(i, second, pages=[0], num_tokens=4), 3)
+                request.result(5)
+        for sending in stuck:  # those that waited have their turn
+            send_all(sending, 3)
+        for sending in stuck:
+            sending.result(5)
+        until(lambda: rx._slots.free == 4)
+
+
 class Hangs:
     """The future of a write that does not end before it is told to."""
 
@@ -225,3 +251,25 @@ def test_ids_of_writes_with_unknown_ends_are_not_used_again(
         hangs.end()
         until(lambda: rx.stats()["free"] == 24)
         assert rx._ids.free == 2
+
+
+def test_another_receiver_on_the_engine_takes_no_counts_of_the_first_one() -> None:
+    with sides("shm", [layout()], [layout()]) as ((tx,), (rx,)):
+        for number in range(2):
+            peer = connected(tx, rx)
+            request = rx.expect(number, TOKENS)
+            sending = tx.begin(number, peer, pages=[0, 1, 2], num_tokens=TOKENS)
+            until(lambda: sending._legs[0].state is State.MOVING)  # noqa: B023
+            assert rx.engine.imm_count(sending._legs[0].id) == 0
+            for layer in range(3):
+                sending.send(layer)
+            until(lambda: rx.engine.imm_count(sending._legs[0].id) == 3)  # noqa: B023
+            if number == 0:
+                rx.close()
+                assert request.done()
+                sending.exception(5)
+                tx.close()
+                tx = jf.kv.PageSender(tx.engine, tx.layout, pool=tx._memory.region)
+                rx = jf.kv.PageReceiver(rx.engine, rx.layout, pool=rx._memory.region)
+        tx.close()
+        rx.close()

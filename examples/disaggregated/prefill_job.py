@@ -42,6 +42,7 @@ class Worker:
         self._head = served_model.head(self._params)
         self.pages_each = -(-self._config.length // served_model.PAGE_TOKENS)
         self.regions = options.capacity + job_ranks.PAGES_OVER
+        self.timeout_s = options.timeout_s
         self._engine = job_ranks.open_engine(options)
         self.sender = jf.kv.PageSender(
             self._engine,
@@ -244,7 +245,7 @@ class Leader:
         self._begun.clear()
         self._ranks.tell("begin", arguments=begin)
         self._worker.begin(*begin)
-        until = time.monotonic() + begin[-1] + 1.0
+        until = time.monotonic() + min(begin[-1], self._worker.timeout_s) + 1.0
         while len(self._begun) < self._ranks.count:
             self._hear(max(0.0, until - time.monotonic()))
             if time.monotonic() > until:

@@ -11,9 +11,10 @@ from jaxfabric._errors import FabricError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.kv._layout import PageLayout
 from jaxfabric.kv._life_cycle import Event, State
-from jaxfabric.kv._pages import FreeList, IdPairs
+from jaxfabric.kv._pages import FreeList, ids_of
 from jaxfabric.kv._pool import TAIL_HEADER, Pool
 from jaxfabric.kv._receiving import Leg, Receiving
+from jaxfabric.kv._shares import Shares
 from jaxfabric.kv._waits import Waits
 
 _LATE_COUNTS_S = 60.0
@@ -41,9 +42,10 @@ class Arrivals:
         self._lock = threading.RLock()
         self._pages = FreeList("pages", layout.pages)
         self._slots = FreeList("tails", tails)
+        self._slots_of = Shares(tails)  # by sender, which may hang
         # Who waits for one, by peer and request; the first one waits longest.
         self._on_slot: dict[tuple[int, int], Callable[[], None]] = {}
-        self._ids = IdPairs()
+        self._ids = ids_of(engine)
         self._requests: dict[int, Receiving] = {}
         self._legs: dict[tuple[int, int], Leg] = {}
         # Requests that the caller does not want any more, and why: of senders who
@@ -182,6 +184,7 @@ class Arrivals:
                 leg.quiet = True
                 del self._legs[leg.peer, leg.number]
                 self._slots.give([leg.slot])
+                self._slots_of.give([leg.peer], 1)
                 if leg.written is not None or not leg.ended:
                     for wait in leg.waits:
                         wait.cancel()
@@ -200,10 +203,15 @@ class Arrivals:
                 ):
                     request._advance(Event.QUIET)
                     self._pages.give(request.pages)
-            while self._on_slot and self._slots.free:
-                self._on_slot.pop(next(iter(self._on_slot)))()
+            for waiting in list(self._on_slot):
+                if self._has_slot(waiting[0]):
+                    self._on_slot.pop(waiting)()
         for request in complete:
             request._resolve(None)
+
+    def _has_slot(self, peer: int) -> bool:
+        """Whether there is room for a tail of this sender. Needs the lock."""
+        return self._slots.free > 0 and self._slots_of.has_room([peer], 1)
 
     def _give_ids(self, leg: Leg) -> None:
         """Gives them back, once all is counted that was written. Needs the lock."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
 from jaxfabric._errors import CapacityError
+from jaxfabric._transfer_engine import TransferEngine
 
 # The engine's ids are below 2**27. Those of the lower half are the user's own.
 IDS_BEGIN, IDS_END = 1 << 26, 1 << 27
@@ -54,24 +57,37 @@ class IdPairs:
 
     def __init__(self, begin: int = IDS_BEGIN, end: int = IDS_END - (1 << 25)) -> None:
         self._begin = begin
+        self._lock = threading.Lock()  # of two owners of an engine, one after the other
         self._next = 0  # in turn: the one that was free longest, or almost
         self._unusable = bytearray((end - begin) // 2)  # in use, or retired
         self.free = len(self._unusable)
 
     def take(self) -> int:
         """The first of two ids, the second of which is one more."""
-        place = self._unusable.find(0, self._next)
-        if place < 0:
-            place = self._unusable.find(0)
-        if place < 0:
-            raise CapacityError("jf.kv: all ids are used up; make a new TransferEngine")
-        self._unusable[place] = 1
-        self._next = place + 1
-        self.free -= 1
-        return self._begin + 2 * place
+        with self._lock:
+            place = self._unusable.find(0, self._next)
+            if place < 0:
+                place = self._unusable.find(0)
+            if place < 0:
+                raise CapacityError(
+                    "jf.kv: all ids are used up; make a new TransferEngine"
+                )
+            self._unusable[place] = 1
+            self._next = place + 1
+            self.free -= 1
+            return self._begin + 2 * place
 
     def give(self, pair: int, *, clean: bool) -> None:
         """Takes it back, for ever unless all was counted that was sent under it."""
         if clean:
-            self._unusable[(pair - self._begin) // 2] = 0
-            self.free += 1
+            with self._lock:
+                self._unusable[(pair - self._begin) // 2] = 0
+                self.free += 1
+
+
+_ids: weakref.WeakKeyDictionary[TransferEngine, IdPairs] = weakref.WeakKeyDictionary()
+
+
+def ids_of(engine: TransferEngine) -> IdPairs:
+    """Those of an engine, which counts on for them when their receiver is closed."""
+    return _ids.setdefault(engine, IdPairs())

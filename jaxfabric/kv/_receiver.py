@@ -53,7 +53,7 @@ class PageReceiver(Arrivals):
         (not over ``"shm"``); ``None`` makes one.
       tail_bytes: room for what comes with `PageSender.send_tail`.
       tails: how many tails there is room for, one for each sender of a request that
-        is under way.
+        is under way. A sender gets three quarters of what others leave.
 
     Attributes:
       pool: NumPy array of ``layout.shape`` and ``layout.dtype``.
@@ -286,7 +286,7 @@ class PageReceiver(Arrivals):
                 peer, number, f"request {request_id} has another sender already"
             )
             return
-        if not self._slots.free:
+        if not self._has_slot(peer):
             sender.parked[request_id] = (number, tokens)
             self._on_slot[peer, request_id] = lambda: self._open_parked(
                 peer, sender, request_id
@@ -298,6 +298,7 @@ class PageReceiver(Arrivals):
             self._refuse(peer, number, str(error))
             return
         (slot,) = self._slots.take(1)
+        self._slots_of.take([peer], 1)
         leg = Leg(peer, number, request, ids, slot)
         try:
             leg.waits.append(
@@ -307,6 +308,7 @@ class PageReceiver(Arrivals):
             )
         except FabricError as error:
             self._slots.give([slot])
+            self._slots_of.give([peer], 1)
             self._ids.give(ids, clean=True)
             self._refuse(peer, number, str(error))
             return

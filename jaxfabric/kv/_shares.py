@@ -10,7 +10,7 @@ class Shares:
 
     One may hold three quarters of what the others leave, so that something is left for
     whoever comes: one that hangs keeps what it holds, and holds up nobody else. Who
-    holds nothing may always take something.
+    holds nothing may take something, if the caller has it.
 
     Example::
 

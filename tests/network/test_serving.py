@@ -71,7 +71,7 @@ def test_between_hosts_streaming_hides_a_slow_link(tmp_path: Path) -> None:
         there = hosts.command(0, [])
         output = serve(
             tmp_path,
-            *("--transport=ofi/tcp", "--ranks=1-1", "--lengths=1024", "--runs=10"),
+            *("--transport=ofi/tcp", "--ranks=1-1", "--lengths=1024", "--runs=30"),
             f"--host={hosts.address(1, 0)}",
             f"--nics={hosts.address(1, 0)}",
             f"--prefill-nics={hosts.address(0, 0)}",
