@@ -65,7 +65,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "over shm",
         "push, whole",
         "memory-traffic floor",
-        "phases of a push",
+        "phases, ms",
+        "phases, core ms of all ranks",
+        "memory-traffic floor / whole push",
+        "trainer 0 grew",
     ):
         assert words in run.output
     return json.loads(file.read_text())
@@ -82,7 +85,16 @@ def test_every_subject_is_verified_and_timed(measured: dict[str, Any]) -> None:
     for push in found["rounds"]["push"]:
         assert 0 < push["transfer_s"] <= push["total_s"] <= push["seconds"]
         assert push["writes"] >= 2
-    names = [name for name, _ in weights_report.rows_of(measured, found)]
+        core = {
+            name: push["core"][name] for name in push["core"] if "of it" not in name
+        }
+        assert set(core) == {"pack", "seal", "transfer", "verify", "unpack", "take"}
+        assert all(seconds > 0 for seconds in core.values())
+        assert sum(core.values()) == pytest.approx(push["core_s"])
+        assert push["core"]["of it write"] < core["transfer"]
+    for peak in found["peaks"]:
+        assert peak["own"] > 0
+    names = [row.name for row in weights_report.rows_of(measured, found)]
     assert names[:3] == ["wire", "memcpy, once", "memory-traffic floor of a push"]
 
 
@@ -118,6 +130,6 @@ def test_quantiles_are_of_what_was_measured() -> None:
     values = [float(value) for value in range(1, 201)]
     assert weights_report.quantile(values, 0.5) == 100
     assert weights_report.quantile(values, 0.99) == 198
-    floor = {"copy": 4.0, "hash": 2.0}
-    assert weights_report.traffic_s(4, "shm", floor) == 4 + 4
-    assert weights_report.traffic_s(4, "ofi/tcp", floor) == 3 + 4
+    rates = {"copy": 4.0, "hash": 2.0, "copy_core": 8.0, "hash_core": 4.0}
+    assert weights_report.traffic_s(4, 4, 2, rates) == 4 + 4
+    assert weights_report.traffic_s(4, 4, 2, rates, "_core") == 2 + 2

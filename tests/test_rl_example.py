@@ -20,12 +20,10 @@ pytest.importorskip("flax", reason="the example needs jaxfabric[examples]")
 pytest.importorskip("optax", reason="the example needs jaxfabric[examples]")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def run(folder: Path, *more: str) -> dict[str, Any]:
     """A run that is shorter than the default one; it fails unless the reward rises."""
-    folder = tmp_path_factory.mktemp("rl")
     numbers, picture = folder / "numbers.json", folder / "picture.png"
-    options = [f"--steps={STEPS}", f"--json={numbers}", f"--picture={picture}"]
+    options = [f"--steps={STEPS}", f"--json={numbers}", f"--picture={picture}", *more]
     result = subprocess.run(
         [sys.executable, str(SCRIPT), f"--timeout-s={TIMEOUT_S}", *options],
         stdout=subprocess.PIPE,
@@ -35,7 +33,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert result.returncode == 0, result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+    print(result.stdout)
     return json.loads(numbers.read_text()) | {"output": result.stdout}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("rl"))
 
 
 def test_every_step_is_pushed_and_taken(report: dict[str, Any]) -> None:
@@ -70,3 +74,31 @@ def test_both_ranks_learn_the_same(report: dict[str, Any]) -> None:
     assert [step["loss"] for step in ours] == [step["loss"] for step in theirs]
     assert np.isfinite([step["loss"] for step in ours]).all()
     assert "reward: " in report["output"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seed=1", "--sampler-processes=2"),
+        ("--seed=2", "--transport=ofi/tcp"),
+        ("--seed=3", "--transport=ofi/tcp", "--sampler-processes=2"),
+    ],
+)
+def test_the_reward_rises_elsewhere_too(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert run(tmp_path, *options)["sampler"]["compiled"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampler_that_is_killed_comes_back(processes: int, tmp_path: Path) -> None:
+    found = run(tmp_path, "--kill-sampler-at=10", f"--sampler-processes={processes}")
+    assert "the sampler was killed" in found["output"]
+    versions = [batch["version"] for batch in found["sampler"]["batches"]]
+    assert versions == sorted(versions)
+    assert versions[-1] == STEPS + 1
+    for trainer in (found["trainer0"], found["trainer1"]):
+        failures = {push["failure"] for push in trainer["pushes"]}
+        assert failures <= {None, "PeerLostError", "OutcomeUnknownError"}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import monitoring
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ranks import run_child
 from test_docs import ROOT, blocks
-from transfer_cases import PATIENCE_S, engine
+from transfer_cases import PATIENCE_S, engine, until
 from weights_cases import whole_arrays
 
 import jaxfabric as jf
@@ -21,6 +26,22 @@ P = PartitionSpec
 
 def on(mesh: Mesh, *spec: str | None) -> NamedSharding:
     return NamedSharding(mesh, P(*spec))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The programs that XLA compiles meanwhile."""
+    found: list[str] = []
+
+    def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(heard)
 
 
 def meshes() -> tuple[Mesh, Mesh]:
@@ -58,14 +79,17 @@ def test_arrays_of_one_mesh_become_arrays_of_another() -> None:
             for name in shapes
         }
 
-    compiled: list[int] = []
-
     @jax.jit
     def program(tree: dict[str, jax.Array]) -> jax.Array:
-        compiled.append(1)
         return (tree["embed"] @ tree["wq"]).sum() + tree["scale"].sum()
 
+    own_params = jax.tree.map(
+        lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        like,
+    )
+    program(own_params).block_until_ready()
     with (
+        compilations() as compiled,
         engine("shm") as own,
         engine("shm") as other,
         jf.weights.Sender(
@@ -82,8 +106,50 @@ def test_arrays_of_one_mesh_become_arrays_of_another() -> None:
                 assert array.sharding == theirs[name]
                 wanted = np.asarray(pushed[name]).astype(jnp.bfloat16)
                 assert np.asarray(array).tobytes() == wanted.tobytes()
+            compiled.clear()
             program(taken.params).block_until_ready()
-        assert len(compiled) == 1
+            assert not compiled
+        # Another sharding would have compiled it again, which can be told.
+        program(params(4)).block_until_ready()
+        assert compiled
+
+
+def test_a_step_runs_while_the_weights_of_the_last_one_travel() -> None:
+    """It ends before the push does; what arrives is what was pushed."""
+    params = {"w": jnp.ones((512, 1024))}
+    goes_on, steps = threading.Event(), 3
+
+    @jax.jit
+    def step(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"w": tree["w"] * 2}
+
+    with (
+        engine("shm") as own,
+        engine("shm") as other,
+        jf.weights.Sender(
+            own, jf.weights.TreeLayout.of(params), bucket_bytes=1 << 18
+        ) as sender,
+        jf.weights.Receiver(other, params, slots=1) as receiver,
+    ):
+        receiver.connect([sender.address()])
+        on_bucket = receiver._on_bucket
+
+        def hesitate(source: Any, slot: int) -> None:
+            goes_on.wait(PATIENCE_S)
+            on_bucket(source, slot)
+
+        receiver._on_bucket = hesitate  # type: ignore[method-assign]
+        push = sender.push(params, 1)
+        until(lambda: push.progress()[0] > 0)
+        newer = params
+        for _ in range(steps):
+            newer = jax.block_until_ready(step(newer))
+        assert not push.done()
+        goes_on.set()
+        push.wait(PATIENCE_S)
+        assert (np.asarray(receiver.take(1).params["w"]) == 1).all()
+        sender.push(newer, 2).wait(PATIENCE_S)
+        assert (np.asarray(receiver.take(2).params["w"]) == 2**steps).all()
 
 
 def test_arrays_that_were_donated_are_named() -> None:

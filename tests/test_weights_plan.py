@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import json
 import math
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -32,12 +34,14 @@ from jaxfabric.weights import (
     Rates,
     Split,
     TreeLayout,
+    _plan,
     estimate,
     plan,
 )
+from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import Tile, pack, unpack
 from jaxfabric.weights._quantise import quantise
-from jaxfabric.weights._tiles import TilesByKey
+from jaxfabric.weights._tiles import TilesByKey, empty_tiles
 
 MIB = 1 << 20
 
@@ -269,6 +273,63 @@ def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
         Plan.from_bytes(data)
     with pytest.raises(jf.FabricError, match="no tree"):
         TreeLayout.from_bytes(data)
+
+
+NUMBERS: tuple[Any, ...] = (-1, 0, 1, 2, 7, 128, 1 << 16, (1 << 39) + 1, 1 << 70)
+OTHERS: tuple[Any, ...] = (None, True, 1.5, "a", "", [], {}, [1, [2]])
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, value: Any) -> Any:
+    """A document of JSON in which something is changed, left out, or there twice."""
+    if isinstance(value, list) and value and draw(st.integers(0, 7)):
+        place = draw(st.integers(0, len(value) - 1))
+        changed = draw(st.sampled_from(["inside", "inside", "gone", "twice"]))
+        copies = {"inside": 1, "gone": 0, "twice": 2}[changed]
+        one = draw(spoilt(value[place])) if copies == 1 else value[place]
+        return value[:place] + [one] * copies + value[place + 1 :]
+    return draw(st.sampled_from(NUMBERS + OTHERS))
+
+
+def packed(*documents: Any) -> bytes:
+    """As `Plan.to_bytes` does it."""
+    parts = [zlib.compress(json.dumps(one).encode()) for one in documents]
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+@given(data=st.data(), flips=st.lists(st.integers(0, 1 << 20), max_size=4))
+@settings(max_examples=150, deadline=5000)
+def test_bytes_of_a_hostile_peer_are_refused_or_make_sense(
+    data: Any, flips: list[int]
+) -> None:
+    """What a plan from anywhere says, stays within the layouts that it says."""
+    source = tree(mesh(2), leaf("w", (4, 256, 256), "a"), leaf("v", (4, 4)))
+    target = tree(
+        mesh(2),
+        leaf("w", (4, 256, 256), "a", dtype="float8_e4m3fn"),
+        leaf("w_s", (4, 2, 2), "a"),
+        leaf("v", (4, 4), "a"),
+    )
+    made = plan(source, target, scales="{}_s")
+    documents = [
+        json.loads(zlib.decompress(one)) for one in _plan._split(made.to_bytes())
+    ]
+    which = data.draw(st.integers(0, 2))
+    documents[which] = data.draw(spoilt(documents[which]))
+    sent = bytearray(packed(*documents))
+    for flip in flips[2:]:  # mostly none
+        sent[flip % len(sent)] ^= 1 << flip % 8
+    try:
+        read = Plan.from_bytes(bytes(sent))
+        check_cover(read.target, read.links)
+    except jf.FabricError:
+        return
+    for rank in read.target.ranks[:4]:
+        tiles = empty_tiles(read.target, rank)
+        for buckets in read.receives(rank).values():
+            for bucket in buckets:
+                assert bucket.nbytes <= read.bucket_bytes
+                unpack(read, bucket, tiles_at(tiles), np.zeros(bucket.nbytes, np.uint8))
 
 
 # --- Layouts -------------------------------------------------------------------------

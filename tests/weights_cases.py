@@ -191,16 +191,21 @@ class Jobs:
 
 @contextlib.contextmanager
 def jobs(
-    transport: str, source: TreeLayout, target: TreeLayout, **options: Any
+    transport: str,
+    source: TreeLayout,
+    target: TreeLayout,
+    *,
+    join: bool = True,
+    **options: Any,
 ) -> Iterator[Jobs]:
-    """Both jobs, connected."""
+    """Both jobs, connected unless ``join`` is false."""
     with contextlib.ExitStack() as stack:
         made = Jobs(transport, source, target, options, stack)
         made.senders += [made.open_sender(rank) for rank in source.ranks]
         for rank in target.ranks:
             leader = made.receivers[0].address() if made.receivers else None
             made.receivers.append(made.open_receiver(rank, leader))
-        for receiver in made.receivers:
+        for receiver in made.receivers if join else ():
             receiver.connect(made.addresses())
         yield made
 

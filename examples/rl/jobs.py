@@ -16,6 +16,7 @@ import numpy.typing as npt
 import jaxfabric as jf
 
 GOODBYE = b"goodbye"  # the sampler's last message
+LEADER = "sampler.weights"  # its first rank's address, for the others
 _POLL_S = 0.02
 
 
@@ -67,6 +68,25 @@ def address_of(options: argparse.Namespace, name: str) -> bytes:
             raise SystemExit(f"nobody wrote {file} within {options.timeout_s} s")
         time.sleep(_POLL_S)
     return file.read_bytes()
+
+
+def tell_step(options: argparse.Namespace, step: int) -> None:
+    """Says how far the trainer is."""
+    partial = options.folder / "step.partial"
+    partial.write_text(str(step))
+    partial.rename(options.folder / "step")
+
+
+def step_of(folder: pathlib.Path) -> int:
+    """How far the trainer is; 0 before it has begun."""
+    file = folder / "step"
+    return int(file.read_text()) if file.exists() else 0
+
+
+def record_batch(options: argparse.Namespace, **what: Any) -> None:
+    """A line for main.py, which is there even if the sampler is killed later."""
+    with (options.folder / "batches.jsonl").open("a") as file:
+        file.write(json.dumps(what) + "\n")
 
 
 def write_report(options: argparse.Namespace, name: str, report: Any) -> None:

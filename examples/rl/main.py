@@ -2,17 +2,23 @@
 
     python examples/rl/main.py
     python examples/rl/main.py --steps 200 --picture rl.svg
-    python examples/rl/main.py --transport ofi/tcp
+    python examples/rl/main.py --transport ofi/tcp --sampler-processes 2
+    python examples/rl/main.py --kill-sampler-at 20
 
 A small transformer with experts learns sums such as 7+5=12. A trainer of two
 processes, each with half of the experts, first shows it a few right answers, so that
 it is right now and then. From there on it learns by reward alone: a sampler, one
-process with the model whole, answers each prompt several times with the weights that
-it has; an answer is worth 1 if it is right, else 0; the trainer makes more likely what
-was better than the rest of its group (GRPO). Batches travel as messages of
-jf.TransferEngine. After each step the new weights are pushed by jf.weights, straight
-from the trainer's shards into the sampler, which goes on answering meanwhile; each
-batch says which version gave it, and the loss corrects for its age.
+process with the model whole or several with a part of the experts each, answers each
+prompt several times with the weights that it has; an answer is worth 1 if it is right,
+else 0; the trainer makes more likely what was better than the rest of its group (GRPO).
+Batches travel as messages of jf.TransferEngine. After each step the new weights are
+pushed by jf.weights, straight from the trainer's shards into the sampler's, which goes
+on answering meanwhile; each batch says which version gave it, and the loss corrects for
+its age.
+
+With --kill-sampler-at, the sampler is killed (kill -9) when the trainer is at that
+step, and started again: it gets the newest weights as soon as it connects, and the
+trainer goes on with its answers.
 
 It ends with exit code 1 unless the reward has risen.
 """
@@ -21,23 +27,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
+import jobs
 import numpy as np
 import picture
 
 HERE = pathlib.Path(__file__).resolve().parent
+JOBS = ("trainer", "sampler")
 RANKS = 2  # of the trainer
 FIRST, LAST = 5, 10  # batches whose mean reward is compared
 RISE = 0.1
 _POLL_S = 0.05
 _PASSED_ON = ("transport", "steps", "warm_steps", "seed")
+_KILL_S = 5.0  # until whoever was asked to end is killed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=60, help="of reinforcement learning (60)")
     add("--warm-steps", type=int, default=16, help="with right answers, before (16)")
     add("--transport", default="shm", help="of weights and batches (shm)")
+    add("--sampler-processes", type=int, default=1, metavar="N", help="(1)")
+    add("--kill-sampler-at", type=int, metavar="STEP", help="kill -9, and start again")
     add("--seed", type=int, default=0, help="of parameters and prompts (0)")
     add("--timeout-s", type=float, default=300.0, help="of everything (300)")
     add("--picture", type=pathlib.Path, default="rl.png", help="PNG or SVG (rl.png)")
@@ -55,36 +68,45 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The two jobs, as one would start them on two machines."""
+def start(name: str, folder: pathlib.Path, options: argparse.Namespace) -> Any:
+    """One of the two jobs, as one would start it on a machine of its own."""
     rest = [f"--folder={folder}"]
-    for name in _PASSED_ON:
-        rest.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
-    launcher = ["-m", "jaxfabric._cli", "run", f"--processes={RANKS}"]
-    # Each job has its own number of devices.
+    for option in _PASSED_ON:
+        rest.append(f"--{option.replace('_', '-')}={getattr(options, option)}")
+    ranks = RANKS if name == "trainer" else options.sampler_processes
+    launcher = ["-m", "jaxfabric._cli", "run", f"--processes={ranks}"]
+    # Each job has its own number of devices, and its own process group.
     python = ["env", "-u", "XLA_FLAGS", sys.executable]
-    return {
-        name: subprocess.Popen([*python, *command, *rest])
-        for name, command in (
-            ("trainer", [*launcher, str(HERE / "trainer.py")]),
-            ("sampler", [str(HERE / "sampler.py")]),
-        )
-    }
+    script = [*(launcher if ranks > 1 else []), str(HERE / f"{name}.py")]
+    return subprocess.Popen([*python, *script, *rest], start_new_session=True)
 
 
-def wait(processes: dict[str, Any], timeout_s: float) -> None:
+def wait(
+    processes: dict[str, Any], options: argparse.Namespace, folder: pathlib.Path
+) -> None:
     """Until all have ended well; raises SystemExit with the name of one that has not.
 
     However it ends, none is left.
     """
-    until = time.monotonic() + timeout_s
+    until = time.monotonic() + options.timeout_s
+    kill_at = options.kill_sampler_at
     try:
         while any(process.poll() is None for process in processes.values()):
             for name, process in processes.items():
                 if process.poll():
                     raise SystemExit(f"the {name} ended with {process.returncode}")
             if time.monotonic() > until:
-                raise SystemExit(f"not done after {timeout_s} s")
+                raise SystemExit(f"not done after {options.timeout_s} s")
+            sampler = processes["sampler"]
+            reached = kill_at is not None and jobs.step_of(folder) >= kill_at
+            if reached and sampler.poll() is None:
+                kill_at = None
+                os.killpg(sampler.pid, signal.SIGKILL)
+                sampler.wait()
+                for address in folder.glob("sampler*.address"):
+                    address.unlink()
+                print("the sampler was killed, and is started again", flush=True)
+                processes["sampler"] = start("sampler", folder, options)
             time.sleep(_POLL_S)
         for name, process in processes.items():
             if process.returncode:
@@ -94,9 +116,9 @@ def wait(processes: dict[str, Any], timeout_s: float) -> None:
             process.terminate()
         for process in processes.values():
             try:
-                process.wait(5.0)
+                process.wait(_KILL_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -107,6 +129,7 @@ def summary(report: dict[str, Any]) -> str:
     lags = [step["lag"] for step in trainers[0]["steps"]]
     total = [push["total_s"] for push in trainers[0]["pushes"][1:]]
     nbytes = sum(trainer["pushes"][-1]["nbytes"] for trainer in trainers)
+    lost = [push["version"] for push in trainers[0]["pushes"] if push["failure"]]
     return (
         f"reward: {np.mean(rewards[:FIRST]):.2f} -> {np.mean(rewards[-LAST:]):.2f}, "
         f"and {rewards[-1]:.2f} with the last version\n"
@@ -115,6 +138,7 @@ def summary(report: dict[str, Any]) -> str:
         f"the trainer learned from batches that were {np.mean(lags):.1f} versions old "
         f"(at most {max(lags)}); the sampler compiled "
         f"{report['sampler']['compiled']} program"
+        + (f"\npushes while the sampler was gone: {lost}" if lost else "")
     )
 
 
@@ -125,10 +149,13 @@ def main() -> None:
         folder = pathlib.Path(name)
         (folder / "token").touch(0o600)
         (folder / "token").write_text(secrets.token_hex(16))
-        wait(start(folder, options), options.timeout_s)
+        processes = {name: start(name, folder, options) for name in JOBS}
+        wait(processes, options, folder)
         report = {
             file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")
         }
+        lines = (folder / "batches.jsonl").read_text().splitlines()
+        report["sampler"]["batches"] = [json.loads(line) for line in lines]
     print(summary(report))
     picture.draw(report, options.picture)
     print(f"picture: {options.picture}; {time.monotonic() - begin:.0f} s in all")

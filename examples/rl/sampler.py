@@ -1,12 +1,15 @@
 """The sampler: answers prompts with the newest weights, while the next ones come.
 
-main.py starts it. It has the model whole on its one device; the trainer's ranks, each
-with half of the experts, write every version straight into its memory.
+main.py starts it, on one process or on several. Each has its part of the experts; the
+trainer's ranks, each with half of them, write every version straight into its memory.
+Several ranks agree on the version with which they answer; the first one tells the
+others when, and talks to the trainer.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from typing import Any
@@ -15,6 +18,8 @@ import jax
 import jobs
 import numpy as np
 from arithmetic import SUMS, prompts, rewards
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from policy import Policy
 
 import jaxfabric as jf
@@ -30,16 +35,20 @@ class Sampler:
 
     def __init__(self, options: argparse.Namespace, policy: Policy) -> None:
         self._options = options
+        self.ahead, self.timeout_s = options.ahead, options.timeout_s
         self.compiled = 0  # programs: new weights need no new one
 
         def generate(*arguments: Any) -> tuple[jax.Array, jax.Array]:
             self.compiled += 1
             return policy.generate(*arguments)
 
-        self._generate = jax.jit(generate)
+        # Each rank answers a part of the prompts; the first one sends all answers.
+        everywhere = NamedSharding(policy.mesh, P())
+        self._rows = NamedSharding(policy.mesh, P("expert"))
+        self._generate = jax.jit(generate, out_shardings=(everywhere, everywhere))
         self._rng = np.random.default_rng(options.seed + 1)
         self._key = jax.random.key(options.seed)
-        self.record: list[dict[str, Any]] = []
+        self._answered = 0
 
     def answer(self, taken: jf.weights.Taken) -> jobs.Batch:
         """A batch of prompts, each asked several times."""
@@ -47,18 +56,45 @@ class Sampler:
         begin = time.monotonic()
         numbers = self._rng.integers(SUMS, size=options.batch // options.group)
         asked = prompts(np.repeat(numbers, options.group).astype(np.int32))
-        key = jax.random.fold_in(self._key, len(self.record))
-        given, log_shares = map(np.asarray, self._generate(taken.params, asked, key))
-        earned = rewards(asked, given)
-        self.record.append(
-            {
-                "version": taken.version,
-                "reward": float(earned.mean()),
-                "begin": begin,
-                "end": time.monotonic(),
-            }
+        key = jax.random.fold_in(self._key, self._answered)
+        self._answered += 1
+        rows = jax.make_array_from_callback(
+            asked.shape, self._rows, lambda index: asked[index]
         )
+        given, log_shares = map(np.asarray, self._generate(taken.params, rows, key))
+        earned = rewards(asked, given)
+        if jax.process_index() == 0:
+            jobs.record_batch(
+                options,
+                version=taken.version,
+                reward=float(earned.mean()),
+                begin=begin,
+                end=time.monotonic(),
+            )
         return jobs.Batch(taken.version, asked, given, log_shares, earned)
+
+
+class Lead:
+    """The first rank's word to the others of its job: when to take and answer."""
+
+    def __init__(self, engine: jf.TransferEngine, others: list[int]) -> None:
+        self._engine, self._others = engine, others
+
+    def says(self, what: dict[str, int]) -> None:
+        """To all of them."""
+        for peer in self._others:
+            self._engine.submit_send(peer, json.dumps(what).encode())
+
+
+def follow(
+    sampler: Sampler, receiver: jf.weights.Receiver, engine: jf.TransferEngine
+) -> None:
+    """Another rank than the first: does what that one does, when it says so."""
+    while True:
+        said = json.loads(engine.receive(sampler.timeout_s).data)
+        if "end" in said:
+            return
+        sampler.answer(receiver.take(said["take"]))
 
 
 def serve(
@@ -66,50 +102,87 @@ def serve(
     receiver: jf.weights.Receiver,
     engine: jf.TransferEngine,
     trainers: list[int],
+    lead: Lead,
 ) -> None:
     """Answers until the trainer has had enough.
 
-    The trainer's first rank says how many batches it has used, so that no more than
+    The trainer's first rank says when it has used a batch, so that no more than
     ``--ahead`` wait for it, and which version is its last.
     """
-    options = sampler._options
-    sent = used = 0
+    waiting = 0
     while True:
-        while sent - used >= options.ahead:
-            said = json.loads(engine.receive(options.timeout_s).data)
-            used = said["used"]
+        while waiting >= sampler.ahead:
+            said = json.loads(engine.receive(sampler.timeout_s).data)
+            waiting -= said.get("used", 0)
             if "last" in said:
+                lead.says({"take": said["last"]})
                 sampler.answer(receiver.take(said["last"]))
+                lead.says({"end": 1})
                 for peer in trainers:
                     engine.submit_send(peer, jobs.GOODBYE).result()
                 return
+        lead.says({"take": 1})
         batch = sampler.answer(receiver.take(min_version=1))
         for rank, peer in enumerate(trainers):
             part = batch.part(rank, len(trainers))
             engine.submit_send(peer, part.to_bytes())
-        sent += 1
+        waiting += 1
+
+
+def join(
+    options: argparse.Namespace, engine: jf.TransferEngine, rank: int, ranks: int
+) -> Lead:
+    """Lets the ranks of this job know each other; the first one waits for all."""
+    if rank == 0:
+        jobs.publish(options, "sampler.lead", engine.address().to_bytes())
+        others = [engine.receive(options.timeout_s).peer for _ in range(ranks - 1)]
+        return Lead(engine, others)
+    lead = engine.connect(jobs.address_of(options, "sampler.lead")).result()
+    engine.submit_send(lead, b"here").result()
+    return Lead(engine, [])
+
+
+def run(
+    options: argparse.Namespace,
+    policy: Policy,
+    receiver: jf.weights.Receiver,
+    engine: jf.TransferEngine,
+    lead: Lead,
+) -> None:
+    """Connects to the trainer, and does this rank's part until it ends."""
+    ranks = trainer_ranks(options)
+    receiver.connect(
+        [jobs.address_of(options, f"weights{rank}") for rank in range(ranks)]
+    )
+    sampler = Sampler(options, policy)
+    if jax.process_index() > 0:
+        follow(sampler, receiver, engine)
+        return
+    trainers = [
+        engine.connect(jobs.address_of(options, f"batches{rank}")).result()
+        for rank in range(ranks)
+    ]
+    serve(sampler, receiver, engine, trainers, lead)
+    jobs.write_report(options, "sampler", {"compiled": sampler.compiled})
 
 
 def main() -> None:
     options = jobs.parse_arguments(__doc__ or "")
-    ranks = trainer_ranks(options)
-    policy = Policy.of_job("reference")
+    rank, ranks = jax.process_index(), jax.process_count()
+    policy = Policy.of_job("fabric" if ranks > 1 else "reference")
     with (
-        jobs.open_engine(options, "sampler.weights") as own,
-        jobs.open_engine(options, "sampler") as engine,
-        jf.weights.Receiver(own, policy.described()) as receiver,
+        jf.Fabric(policy.mesh) if ranks > 1 else contextlib.nullcontext(),
+        jobs.open_engine(options, f"sampler{rank}.weights") as own,
+        jobs.open_engine(options, f"sampler{rank}") as engine,
     ):
-        receiver.connect(
-            [jobs.address_of(options, f"weights{rank}") for rank in range(ranks)]
-        )
-        trainers = [
-            engine.connect(jobs.address_of(options, f"batches{rank}")).result()
-            for rank in range(ranks)
-        ]
-        sampler = Sampler(options, policy)
-        serve(sampler, receiver, engine, trainers)
-        report = {"batches": sampler.record, "compiled": sampler.compiled}
-        jobs.write_report(options, "sampler", report)
+        lead = join(options, engine, rank, ranks)
+        leader = jobs.address_of(options, jobs.LEADER) if rank else None
+        with jf.weights.Receiver(
+            own, policy.described(), rank=rank, leader=leader
+        ) as receiver:
+            if rank == 0:
+                jobs.publish(options, jobs.LEADER, receiver.address())
+            run(options, policy, receiver, engine, lead)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ main.py starts it on two processes. Each has half of the experts and of each bat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from typing import Any
@@ -23,6 +24,7 @@ from policy import Policy
 import jaxfabric as jf
 
 CLIP = 0.2  # of the ratio of new to old probabilities
+_SHOWN = 10  # steps between two lines of progress
 _EVEN = 1e-2  # added to a group's deviation, which may be 0
 
 
@@ -100,14 +102,30 @@ class Trainer:
 
 
 def pushed(push: jf.weights.Push, begin: float) -> dict[str, Any]:
-    """What is reported of a push that has ended."""
+    """Waits for a push; what is reported of it.
+
+    A sampler that is lost meanwhile gets the newest version when it comes back.
+    """
+    failure = None
+    try:
+        push.wait()
+    except jf.FabricError as error:
+        failure = type(error).__name__
+        print(error, flush=True)
     stats = push.stats()
     receipts = {name: receipt._asdict() for name, receipt in stats.receipts.items()}
     return stats._asdict() | {
         "receipts": receipts,
         "version": push.version,
         "begin": begin,
+        "failure": failure,
     }
+
+
+def tell(engine: jf.TransferEngine, peer: int, what: dict[str, int]) -> None:
+    """Says something to the sampler; one that is lost need not know it."""
+    with contextlib.suppress(jf.PeerLostError):
+        engine.submit_send(peer, json.dumps(what).encode())
 
 
 def learn(
@@ -125,21 +143,26 @@ def learn(
         peer, data = engine.receive(options.timeout_s)
         batch = jobs.Batch.from_bytes(data)
         if first:
-            engine.submit_send(peer, json.dumps({"used": number + 1}).encode())
+            tell(engine, peer, {"used": 1})
+            jobs.tell_step(options, number + 1)
         step_begin = time.monotonic()
         loss = trainer.learn(batch, advantages(batch.rewards, options.group))
         lag = push.version - batch.version
         steps.append({"loss": loss, "lag": lag, "begin": step_begin})
         steps[-1]["end"] = time.monotonic()
-        push.wait()
         pushes.append(pushed(push, begin))
         begin = time.monotonic()
         push = sender.push(trainer.params, version=number + 2)
-    push.wait()
+        if first and (number + 1) % _SHOWN == 0:
+            reward = batch.rewards.mean()
+            print(
+                f"step {number + 1} of {options.steps}: {reward:.2f} of rank 0's "
+                f"answers were right, {lag} versions old",
+                flush=True,
+            )
     pushes.append(pushed(push, begin))
     if first:
-        last = {"used": options.steps + options.ahead, "last": push.version}
-        engine.submit_send(peer, json.dumps(last).encode()).result()
+        tell(engine, peer, {"last": push.version})
     while engine.receive(options.timeout_s).data != jobs.GOODBYE:
         pass  # batches that came too late
     return {"steps": steps, "pushes": pushes}

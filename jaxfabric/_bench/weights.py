@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
 import select
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -194,20 +196,23 @@ class _Rank:
         self._output.close()
 
 
-def _connect(ranks: Ranks, settings: Settings) -> None:
+def _connect(ranks: Ranks, settings: Settings) -> list[dict[str, Any]]:
+    """Connects all subjects; the peaks of memory of a push, before others need any."""
     for rank in ranks.all:
         rank.addresses = rank.answer("start", _START_S)
     raw = {rank.name: rank.addresses["raw"] for rank in ranks.all}
     targets = [raw[rank.name] for rank in ranks.sampler]
     senders = [rank.addresses["sender"] for rank in ranks.trainer]
     peers = [raw[rank.name] for rank in ranks.trainer]
-    rings = ranks.ask(ranks.sampler, "wire_ready", addresses=peers)
-    memories = [ring["memory"] for ring in rings]
-    ranks.ask(ranks.trainer, "wire_connect", peers=targets, memories=memories)
+    peaks: list[dict[str, Any]] = []
     if "push" in settings.subjects:
         leader = ranks.sampler[0].addresses["leader"]
         for rank in ranks.sampler:
             ranks.ask([rank], "connect", senders=senders, leader=leader)
+        peaks = _peaks(ranks)
+    rings = ranks.ask(ranks.sampler, "wire_ready", addresses=peers)
+    memories = [ring["memory"] for ring in rings]
+    ranks.ask(ranks.trainer, "wire_connect", peers=targets, memories=memories)
     if "gather and broadcast" in settings.subjects:
         whole = ranks.ask(ranks.all, "gather.ready")
         first, others = ranks.trainer[0], ranks.trainer[1:]
@@ -219,25 +224,58 @@ def _connect(ranks: Ranks, settings: Settings) -> None:
             peers=[first.addresses["raw"]],
             memories=[whole[0]["memory"]],
         )
+    return peaks
+
+
+def _peaks(ranks: Ranks) -> list[dict[str, Any]]:
+    """The first version: how far each rank's memory grew, and what bounds that."""
+    _, said, heard = ranks.together(
+        {"do": "push", "version": 1}, {"do": "take", "version": 1}
+    )
+    grew = [found["grew"] for found in ranks.ask(ranks.all, "peak")]
+    bounds = [
+        {"own": stats["memory"]["bytes"], "rings": stats["memory"]["ring_bytes"]}
+        for stats in said
+    ] + [{"own": found["bytes"], "taken": found["taken_bytes"]} for found in heard]
+    return [
+        {"rank": rank.name, "grew": much, **bound}
+        for rank, much, bound in zip(ranks.all, grew, bounds, strict=True)
+    ]
 
 
 def _floors(ranks: Ranks) -> dict[str, float]:
-    """The machine now: bytes/s of all ranks together, seconds of the bare writes."""
+    """The machine now: bytes/s of all ranks together, seconds of the bare writes.
+
+    With ``_core``: for each second of a core, and in seconds of cores.
+    """
     memory = ranks.ask(ranks.all, "memory")
+    wire_s, said, heard = ranks.together({"do": "wire"}, {"do": "wire"})
     return {
         "copy": sum(found["copy"] for found in memory),
         "hash": sum(found["hash"] for found in memory),
-        "wire_s": ranks.together({"do": "wire"}, {"do": "wire"})[0],
+        "copy_core": statistics.mean(found["copy_core"] for found in memory),
+        "hash_core": statistics.mean(found["hash_core"] for found in memory),
+        "wire_s": wire_s,
+        "wire_core_s": _cores(said, heard),
     }
 
 
+def _cores(*answers: list[dict[str, Any]]) -> float:
+    """Seconds that the cores worked in all ranks to answer."""
+    return sum(answer["process_s"] for group in answers for answer in group)
+
+
 def _push(ranks: Ranks, number: int) -> dict[str, Any]:
-    """One version: the whole time, and the longest of each phase over the ranks."""
-    request = {"version": number}
-    seconds, said, _ = ranks.together(
+    """One version: the whole time, and the longest of each phase over the ranks.
+
+    ``core`` has seconds of cores, all ranks together; ``transfer`` is there what no
+    other phase has: writes, messages, waking up.
+    """
+    request = {"version": number + 1}  # after that of `_peaks`
+    seconds, said, heard = ranks.together(
         {"do": "push", **request}, {"do": "take", **request}
     )
-    found: dict[str, Any] = {"seconds": seconds}
+    found: dict[str, Any] = {"seconds": seconds, "core_s": _cores(said, heard)}
     for phase in ("wait", "pack", "seal", "transfer", "total"):
         found[f"{phase}_s"] = max(stats[f"{phase}_s"] for stats in said)
     receipts = [receipt for stats in said for receipt in stats["receipts"]]
@@ -245,12 +283,19 @@ def _push(ranks: Ranks, number: int) -> dict[str, Any]:
         found[f"{phase}_s"] = max(receipt[f"{phase}_s"] for receipt in receipts)
     found["take_s"] = seconds - found["total_s"]
     found["writes"] = sum(stats["writes"] for stats in said)
+    core: collections.Counter[str] = collections.Counter()
+    for answer in (*said, *heard):
+        core.update(answer["core_s"])
+    write = core.pop("write")
+    rest = found["core_s"] - sum(core.values())
+    found["core"] = dict(core) | {"transfer": rest, "of it write": write}
     return found
 
 
 def _gather(ranks: Ranks, number: int) -> dict[str, Any]:
     del number
-    return {"seconds": ranks.together({"do": "gather.send"}, {"do": "gather.take"})[0]}
+    took, *answers = ranks.together({"do": "gather.send"}, {"do": "gather.take"})
+    return {"seconds": took, "core_s": _cores(*answers)}
 
 
 def _pull(ranks: Ranks, number: int) -> dict[str, Any]:
@@ -259,7 +304,8 @@ def _pull(ranks: Ranks, number: int) -> dict[str, Any]:
         ranks.ask(ranks.sampler, "pull.connect", addresses=servers)
     uuid = {"uuid": number * _UUIDS}
     ours, theirs = {"do": "pull.send", **uuid}, {"do": "pull.take", **uuid}
-    return {"seconds": ranks.together(ours, theirs)[0]}
+    took, *answers = ranks.together(ours, theirs)
+    return {"seconds": took, "core_s": _cores(*answers)}
 
 
 _MEASURES: dict[str, Callable[[Ranks, int], dict[str, Any]]] = dict(
@@ -268,11 +314,12 @@ _MEASURES: dict[str, Callable[[Ranks, int], dict[str, Any]]] = dict(
 
 
 @contextlib.contextmanager
-def _started(settings: Settings, transport: str) -> Iterator[Ranks]:
+def _started(
+    settings: Settings, transport: str
+) -> Iterator[tuple[Ranks, list[dict[str, Any]]]]:
     ranks = Ranks(settings, transport)
     try:
-        _connect(ranks, settings)
-        yield ranks
+        yield ranks, _connect(ranks, settings)
     finally:
         ranks.end()
 
@@ -282,7 +329,7 @@ def _measure(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"transport": transport, "floors": [], "failed": {}}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in settings.subjects}
-    with _started(settings, transport) as ranks:
+    with _started(settings, transport) as (ranks, found["peaks"]):
         for number in range(1, settings.rounds + _UNTIMED + 1):
             first = number == 1  # is checked
             timed = number > _UNTIMED

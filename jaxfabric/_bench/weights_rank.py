@@ -21,7 +21,13 @@ import xxhash
 import jaxfabric as jf
 from jaxfabric._bench import weights_model
 from jaxfabric._bench.weights_others import Gather, Pull
-from jaxfabric.weights._tiles import TilesByKey, box_index, tile_shape, tiles_of
+from jaxfabric.weights._tiles import (
+    TilesByKey,
+    aligned_copy,
+    box_index,
+    tile_shape,
+    tiles_of,
+)
 
 TIMEOUT_S = 120.0
 _PROBE_BYTES = 64 << 20  # more than caches hold
@@ -43,7 +49,7 @@ class _Receiver(jf.weights.Receiver):
     """Takes the tiles of this rank, as arrays of JAX."""
 
     def _tree(self, tiles: TilesByKey) -> dict[tuple[int, int], jax.Array]:
-        return {key: jax.device_put(tile.copy()) for key, tile in tiles.items()}
+        return {key: jax.device_put(aligned_copy(t)) for key, t in tiles.items()}
 
 
 def content(leaf: jf.weights.LeafLayout, number: int, box: tuple[slice, ...]) -> Array:
@@ -101,13 +107,27 @@ class Rank:
         self.engine, self.raw = self.open
 
     def memory(self) -> dict[str, float]:
-        """Bytes/s that this rank copies and hashes, while all others do, too."""
+        """Bytes/s that this rank copies and hashes, while all others do, too.
+
+        And bytes for each second of a core, with ``_core``.
+        """
         source = np.ones(_PROBE_BYTES, np.uint8)
         target = np.empty_like(source)
+        copy = _rate(lambda: np.copyto(target, source))
+        hashed = _rate(lambda: xxhash.xxh3_64_intdigest(source.data))
         return {
-            "copy": _rate(lambda: np.copyto(target, source)),
-            "hash": _rate(lambda: xxhash.xxh3_64_intdigest(source.data)),
+            **{"copy": copy[0], "copy_core": copy[1]},
+            **{"hash": hashed[0], "hash_core": hashed[1]},
         }
+
+    def peak(self) -> dict[str, Any]:
+        """How far this process's memory grew since it had no Sender or Receiver."""
+        return {"grew": _memory("VmHWM") - self._before}
+
+    def _mark(self) -> None:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # VmHWM begins anew
+        self._before = _memory("VmRSS")
 
     def wire_ready(self, addresses: list[str]) -> dict[str, Any]:
         """Memory that others may write into, as much as is under way at a time."""
@@ -129,6 +149,8 @@ class Trainer(Rank):
         made = tiles_with_content(self.layout, self.rank)
         self.params = {key: jax.device_put(tile) for key, tile in made.items()}
         jax.block_until_ready(list(self.params.values()))
+        del made
+        self._mark()
         self._sender = _Sender(self.engine, self.layout, rank=self.rank, plan=self.plan)
         self.gather = Gather(self.raw, self.plan, self.rank)
         self.pull = Pull()
@@ -147,7 +169,7 @@ class Trainer(Rank):
         push.wait(TIMEOUT_S)
         stats = push.stats()
         receipts = [receipt._asdict() for receipt in stats.receipts.values()]
-        return stats._asdict() | {"receipts": receipts}
+        return stats._asdict() | {"receipts": receipts, "memory": self._sender.stats()}
 
     def wire_connect(self, peers: list[str], memories: list[str]) -> dict[str, Any]:
         """Connects to the ranks that it will write to, and makes a ring for each."""
@@ -202,6 +224,7 @@ class Sampler(Rank):
 
     def connect(self, senders: list[str], leader: str) -> dict[str, Any]:
         """Finds the trainer."""
+        self._mark()
         self._receiver = _Receiver(
             self.engine,
             None,
@@ -221,11 +244,21 @@ class Sampler(Rank):
     def take(self, version: int) -> dict[str, Any]:
         """Ours, until the arrays are there."""
         assert self._receiver is not None
+        core = time.thread_time()
         self.arrays.clear()
         came = self._receiver.take(version, TIMEOUT_S)
         jax.block_until_ready(list(came.params.values()))
         self.arrays = dict(came.params)
-        return {"bytes": self._receiver.stats()["bytes"]}
+        stats = self._receiver.stats()
+        return {
+            "core_s": {
+                "verify": stats["verify_core_s"],
+                "unpack": stats["unpack_core_s"],
+                "take": time.thread_time() - core,
+            },
+            "bytes": stats["bytes"],
+            "taken_bytes": sum(array.nbytes for array in self.arrays.values()),
+        }
 
     def check(self) -> dict[str, Any]:
         """Whether the arrays that came last are right, each bit of them."""
@@ -240,13 +273,21 @@ class Sampler(Rank):
         return {"wrong": wrong}
 
 
-def _rate(work: Callable[[], object]) -> float:
+def _rate(work: Callable[[], object]) -> tuple[float, float]:
+    """Bytes per second by the clock, and per second of this thread's core."""
     work()
-    begin, done = time.monotonic(), 0
+    begin, core, done = time.monotonic(), time.thread_time(), 0
     while time.monotonic() - begin < _PROBE_SECONDS:
         work()
         done += _PROBE_BYTES
-    return done / (time.monotonic() - begin)
+    core = time.thread_time() - core
+    return done / (time.monotonic() - begin), done / core
+
+
+def _memory(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(field + ":"))
+    return int(line.split()[1]) << 10
 
 
 def _answer(rank: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +298,9 @@ def _answer(rank: Any, request: dict[str, Any]) -> dict[str, Any]:
     if subject:
         request["rank"] = rank
     try:
-        return {"ok": getattr(owner, method)(**request) or {}}
+        begin = time.process_time()
+        found = getattr(owner, method)(**request) or {}
+        return {"ok": found | {"process_s": time.process_time() - begin}}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

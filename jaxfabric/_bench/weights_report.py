@@ -5,29 +5,37 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
 import rich.text
 
 _COLUMNS = 120  # of files and pipes; a terminal is asked
-_GIB = 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
 _PHASES = ("wait", "pack", "seal", "transfer", "total", "verify", "unpack", "take")
 # Passes over the bytes of a push. Over shared memory the write itself is one.
 _COPIES = {"pack": 1, "unpack": 1, "take": 1}
 _HASHES = 2
 
+_CORE_PHASES = ("pack", "seal", "transfer", "of it write", "verify", "unpack", "take")
+
 NOTES = """\
 Whole: from the request until the sampler's ranks have arrays on their devices. Wire:
 the push's own writes by the same engine and nothing else, until all have come. Of
-wire: how near a time comes to that. p99 is the longest of fewer than 100 rounds.
-Phases are of the slowest rank, and overlap; the transfer phase is from the leave to
-write until the last write's end at its source. The memory-traffic floor is pack,
-unpack and take (a copy each; one more for the write over shm), and two checksums, at
-the rates that all ranks together copied and hashed just before. Gather and broadcast
-has neither checksums nor versions; JAX's transfers go through loopback sockets,
-whatever the transport."""
+wire: how near a time comes to that; core: seconds that the cores of all ranks worked.
+p99 is the longest of fewer than 100 rounds. Phases are of the slowest rank, and
+overlap; the transfer phase is from the leave to write until the last write's end at
+its source, and in core seconds all that no other phase is: where writes are work of
+the cores, as over shm, only that compares with the wire, since the other phases want
+the same cores meanwhile. The memory-traffic floor is pack, unpack and take (a copy
+each; one more for the write over shm), and two checksums, at the rates that all ranks
+together copied and hashed just before. Gather and broadcast has neither checksums nor
+versions; JAX's transfers go through loopback sockets, whatever the transport. Grew:
+the peak of a process's memory in its first push, above what it had before it had a
+Sender or Receiver. The bound is their stats()["bytes"]; over shm a sender's process
+has the receivers' rings mapped, too, and what was taken is the sampler's own."""
 
 
 def show(result: dict[str, Any]) -> None:
@@ -48,36 +56,68 @@ def show(result: dict[str, Any]) -> None:
         for name, why in found["failed"].items():
             console.print(rich.text.Text(f"{name}: {why}"))
         if found["rounds"].get("push"):
-            console.print(rich.text.Text(_phases(found)))
+            for line in _phases(result, found):
+                console.print(rich.text.Text(line))
     console.print(rich.text.Text(NOTES))
 
 
-def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Name and seconds of each round, floors first."""
-    nbytes = result["nbytes"]
-    rows = [("wire", [floor["wire_s"] for floor in found["floors"]])]
-    rows.append(
-        (
-            "memory-traffic floor of a push",
-            [traffic_s(nbytes, found["transport"], f) for f in found["floors"]],
+class Row(NamedTuple):
+    """A line of the table: what it is, and its seconds in each round."""
+
+    name: str
+    wall: list[float]
+    core: list[float] | None
+
+
+def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[Row]:
+    """All lines, the wire first."""
+    nbytes, floors = result["nbytes"], found["floors"]
+
+    def floor(name: str, copies: int, hashes: int) -> Row:
+        wall, core = (
+            [traffic_s(nbytes, copies, hashes, floor, kind) for floor in floors]
+            for kind in ("", "_core")
         )
-    )
-    copies = [nbytes / floor["copy"] for floor in found["floors"]]
-    rows.insert(1, ("memcpy, once", copies))
+        return Row(name, wall, core)
+
+    copies = sum(_COPIES.values()) + (found["transport"] == "shm")
+    rows = [
+        Row(
+            "wire",
+            [floor["wire_s"] for floor in floors],
+            [floor["wire_core_s"] for floor in floors],
+        ),
+        floor("memcpy, once", 1, 0),
+        floor("memory-traffic floor of a push", copies, _HASHES),
+    ]
     pushes = found["rounds"].get("push", [])
     if pushes:
-        rows.append(("push, transfer phase", [p["transfer_s"] for p in pushes]))
-        rows.append(("push, until received", [p["total_s"] for p in pushes]))
+        core = [push["core"]["transfer"] for push in pushes]
+        rows += [
+            Row("push, transfer phase", [p["transfer_s"] for p in pushes], core),
+            Row("push, until received", [p["total_s"] for p in pushes], None),
+        ]
     for name, rounds in found["rounds"].items():
         if rounds:
-            rows.append((f"{name}, whole", [each["seconds"] for each in rounds]))
+            walls = [each["seconds"] for each in rounds]
+            rows.append(
+                Row(f"{name}, whole", walls, [each["core_s"] for each in rounds])
+            )
     return rows
 
 
-def traffic_s(nbytes: int, transport: str, floor: dict[str, float]) -> float:
-    """Seconds that the memory traffic of a push takes at least, with all ranks busy."""
-    copies = sum(_COPIES.values()) + (transport == "shm")
-    return copies * nbytes / floor["copy"] + _HASHES * nbytes / floor["hash"]
+def traffic_s(
+    nbytes: int, copies: int, hashes: int, rates: dict[str, float], kind: str = ""
+) -> float:
+    """Seconds that so many passes over the bytes take at least, with all ranks busy.
+
+    >>> traffic_s(10, 3, 1, {"copy": 10.0, "hash": 5.0})
+    5.0
+    """
+    return (
+        copies * nbytes / rates["copy" + kind]
+        + hashes * nbytes / (rates["hash" + kind])
+    )
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -97,35 +137,57 @@ def _table(result: dict[str, Any], found: dict[str, Any]) -> rich.table.Table:
         pad_edge=False,
     )
     table.add_column("", min_width=34)
-    for name in ("p50 s", "p99 s", "GiB/s", "of wire"):
-        table.add_column(name, justify="right", min_width=9)
+    for name in ("p50 s", "p99 s", "GiB/s", "of wire", "core s", "of wire"):
+        table.add_column(name, justify="right", min_width=8)
     rows = rows_of(result, found)
-    wire = rows[0][1]
-    for name, seconds in rows:
-        middle = statistics.median(seconds)
-        ratios = [w / s for w, s in zip(wire, seconds, strict=False)]
+    wire = rows[0]
+    assert wire.core is not None
+    for row in rows:
+        middle = statistics.median(row.wall)
+        cores = ["", ""]
+        if row.core is not None:
+            cores = [f"{statistics.median(row.core):.3f}", _share(wire.core, row.core)]
         table.add_row(
-            name,
+            row.name,
             f"{middle:.3f}",
-            f"{quantile(seconds, 0.99):.3f}",
+            f"{quantile(row.wall, 0.99):.3f}",
             f"{result['nbytes'] / _GIB / middle:.2f}",
-            f"{statistics.median(ratios):.2f}",
-            style="bold" if name.startswith("push") else "",
+            _share(wire.wall, row.wall),
+            *cores,
+            style="bold" if row.name.startswith("push") else "",
         )
     return table
 
 
-def _phases(found: dict[str, Any]) -> str:
+def _share(wire: list[float], seconds: list[float]) -> str:
+    ratios = [w / s for w, s in zip(wire, seconds, strict=False)]
+    return f"{statistics.median(ratios):.2f}"
+
+
+def _phases(result: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     pushes = found["rounds"]["push"]
     parts = []
     for phase in _PHASES:
         seconds = [push[f"{phase}_s"] for push in pushes]
         middle, late = statistics.median(seconds), quantile(seconds, 0.99)
         parts.append(f"{phase} {middle * 1e3:.0f} ({late * 1e3:.0f})")
-    return (
-        f"phases of a push, ms, p50 (p99): {', '.join(parts)}; "
-        f"{pushes[0]['writes']} writes"
+    yield f"phases, ms, p50 (p99): {', '.join(parts)}; {pushes[0]['writes']} writes"
+    parts = []
+    for phase in _CORE_PHASES:
+        middle = statistics.median(push["core"][phase] for push in pushes)
+        parts.append(f"{phase} {middle * 1e3:.0f}")
+    yield f"phases, core ms of all ranks, p50: {', '.join(parts)}"
+    whole = [push["seconds"] for push in pushes]
+    floors = rows_of(result, found)[2]
+    assert floors.core is not None
+    yield (
+        f"memory-traffic floor / whole push: {_share(floors.wall, whole)}; in core "
+        f"seconds {_share(floors.core, [push['core_s'] for push in pushes])}"
     )
+    for peak in found["peaks"]:
+        bound = {name: peak[name] for name in ("own", "rings", "taken") if name in peak}
+        text = " + ".join(f"{name} {n / _MIB:.0f}" for name, n in bound.items())
+        yield f"{peak['rank']} grew {peak['grew'] / _MIB:.0f} MiB; bound {text} MiB"
 
 
 # --- The cost model -------------------------------------------------------------

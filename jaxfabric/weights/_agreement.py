@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxfabric._errors import DeadlineError, FabricError
+from jaxfabric._errors import DeadlineError, FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights import _frames
 from jaxfabric.weights._versions import Versions
-from jaxfabric.weights._watch import watch
+from jaxfabric.weights._watch import Watch
 
 _LOOK_S = 0.05  # between two looks at what another trainer sends
 
@@ -22,7 +22,8 @@ class Agreement:
     A rank that takes holds its newest version and tells the lowest rank, the leader.
     If all hold the same one, that is it. Otherwise those with an older one let go of
     it and wait for the newest that any has: since a trainer begins a version only
-    after the one before has ended everywhere, it comes, or fails by name.
+    after the one before has ended everywhere, it comes, or fails by name. The loss of
+    a rank is told to each of the others once; after that they wait for its return.
 
     Args:
       advance: called on any thread once a version is let go of.
@@ -44,6 +45,8 @@ class Agreement:
         self._lost: FabricError | None = None
         self._peers: dict[int, int] = {}  # the leader's: peers by rank
         self._reports: dict[int, tuple[int, tuple[int, int]]] = {}  # the leader's
+        self._watch = Watch(engine, self._peer_lost)
+        self._untold: dict[int, set[int]] = {}  # the leader's: by rank that is lost
         self._leader: int | None = None
         first = self._ranks[0]
         if (leader is None) != (rank == first):
@@ -53,7 +56,7 @@ class Agreement:
             )
         if leader is not None:
             self._leader = engine.connect(leader).result()
-            watch(engine, self._leader, self._leader_lost)
+            self._watch.add(self._leader)
             engine.submit_send(self._leader, _frames.encode("join", rank=rank))
 
     def agree(self, min_version: int, timeout_s: float) -> tuple[int, int]:
@@ -61,7 +64,8 @@ class Agreement:
 
         Raises:
           DeadlineError: a version, or a rank, has not come in time.
-          FabricError: what `Versions` says, or the leader is lost.
+          PeerLostError: another rank is lost.
+          FabricError: what `Versions` says.
         """
         until = time.monotonic() + timeout_s
         while True:
@@ -74,6 +78,12 @@ class Agreement:
                     return held
                 self._report(version, origin)
                 kind, wanted = self._wait_for_answer(until, timeout_s)
+                if kind == "gone":
+                    raise PeerLostError(
+                        f"Receiver.take: rank {wanted} of this sampler is lost; start "
+                        "it again, with leader=, or take without it in another job",
+                        (wanted,),
+                    )
                 agreed = kind == "use"
                 if agreed:
                     return held
@@ -93,9 +103,7 @@ class Agreement:
         """Takes messages between ranks; ``False`` for others."""
         if kind == "join" and self._leader is None:
             if fields["rank"] in self._ranks[1:]:
-                with self._versions.changed:
-                    self._peers[fields["rank"]] = peer
-                    self._reports.pop(fields["rank"], None)
+                self._joined(fields["rank"], peer)
         elif kind == "newest" and self._leader is None:
             for rank, known in self._peers.items():
                 if known == peer:
@@ -103,6 +111,8 @@ class Agreement:
                     self._collect(rank, fields["number"], key)
         elif kind in ("use", "want") and peer == self._leader:
             self._answered(kind, fields["number"], fields["version"])
+        elif kind == "gone" and peer == self._leader:
+            self._answered(kind, fields["number"], fields["rank"])
         else:
             return False
         return True
@@ -158,13 +168,49 @@ class Agreement:
             )
             self._engine.submit_send(self._leader, message)
 
+    def _joined(self, rank: int, peer: int) -> None:
+        with self._versions.changed:
+            self._peers[rank] = peer
+            self._reports.pop(rank, None)
+            self._untold.pop(rank, None)
+            for untold in self._untold.values():
+                untold.discard(rank)
+        self._watch.add(peer)
+
+    def _peer_lost(self, peer: int, error: FabricError) -> None:
+        with self._versions.changed:
+            if peer == self._leader:
+                self._lost = error
+                self._versions.changed.notify_all()
+            # Not those whose successors are here already.
+            gone = [rank for rank, known in self._peers.items() if known == peer]
+            for rank in gone:
+                del self._peers[rank]
+                self._reports.pop(rank, None)
+                self._untold[rank] = set(self._ranks) - {rank}
+            waiting = list(self._reports)
+        for each in waiting:
+            self._tell_gone(each)
+
+    def _tell_gone(self, rank: int) -> bool:
+        """Tells one that reports of a loss, if it has not been told yet."""
+        with self._versions.changed:
+            untold = (lost for lost, to in self._untold.items() if rank in to)
+            lost = next(untold, None)
+            if lost is None or rank not in self._reports:
+                return False
+            self._untold[lost].discard(rank)
+            number, _ = self._reports.pop(rank)
+        self._reply(rank, "gone", number, rank=lost)
+        return True
+
     def _collect(self, rank: int, number: int, key: tuple[int, int]) -> None:
         """Decides, once all have reported. Any thread of the leader."""
         with self._versions.changed:
             self._reports[rank] = number, key
             if key[0] == 0:
                 del self._reports[rank]
-            if len(self._reports) < len(self._ranks):
+            if self._tell_gone(rank) or len(self._reports) < len(self._ranks):
                 return
             keys = {key for _, key in self._reports.values()}
             newest = max(version for version, _ in keys)
@@ -174,20 +220,19 @@ class Agreement:
             answers = {r: self._reports.pop(r)[0] for r in behind or self._ranks}
         kind = "want" if len(keys) > 1 else "use"
         for each, its_number in answers.items():
-            if each == self._rank:
-                self._answered(kind, its_number, newest)
-            else:
-                message = _frames.encode(kind, version=newest, number=its_number)
-                with contextlib.suppress(FabricError):  # it is lost
-                    self._engine.submit_send(self._peers[each], message)
+            self._reply(each, kind, its_number, version=newest)
 
-    def _answered(self, kind: str, number: int, version: int) -> None:
+    def _reply(self, to: int, kind: str, number: int, **what: int) -> None:
+        if to == self._rank:
+            (value,) = what.values()
+            self._answered(kind, number, value)
+        elif to in self._peers:
+            message = _frames.encode(kind, number=number, **what)
+            with contextlib.suppress(FabricError):  # it is lost
+                self._engine.submit_send(self._peers[to], message)
+
+    def _answered(self, kind: str, number: int, value: int) -> None:
         with self._versions.changed:
             if number == self._number:
-                self._answer = kind, version
+                self._answer = kind, value
                 self._versions.changed.notify_all()
-
-    def _leader_lost(self, error: FabricError) -> None:
-        with self._versions.changed:
-            self._lost = error
-            self._versions.changed.notify_all()

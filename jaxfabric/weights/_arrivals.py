@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from typing import Any
-
-import numpy as np
 
 from jaxfabric._errors import FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
@@ -18,12 +15,19 @@ from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import unpack
+from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
-from jaxfabric.weights._slot import HEADER_BYTES, is_whole
+from jaxfabric.weights._slot import (
+    HEADER_BYTES,
+    Bytes,
+    Checksum,
+    claimed,
+    is_whole,
+)
 from jaxfabric.weights._source import Source
 from jaxfabric.weights._tiles import empty_tiles
 from jaxfabric.weights._versions import Versions
-from jaxfabric.weights._watch import IDS_BEGIN, watch
+from jaxfabric.weights._watch import IDS_BEGIN, Watch
 from jaxfabric.weights._worker import Worker
 
 _FOREVER_S = 1e9
@@ -49,11 +53,13 @@ class Arrivals:
         self._plan_digest = b""
         self._buckets: dict[int, list[Bucket]] = {}  # by source rank
         self._rings: list[Region] = []  # also of those that are gone
-        self._next_id = 0
-        self._verify_s = self._unpack_s = 0.0
+        self._next_id = self._connections = 0
+        self._phases = Phases()  # of the newest version
         self._spoilt = 0
-        self._watched: set[int] = set()
         self._worker = Worker("jf.weights.Receiver")
+        self._watch = Watch(
+            engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
+        )
         self._agreement = Agreement(
             *(engine, self._versions, layout.ranks, rank, leader),
             lambda: self._worker.post(self._advance),
@@ -74,6 +80,8 @@ class Arrivals:
             kind, fields = _frames.decode(data)
             if self._agreement.on_message(peer, kind, fields) or source is None:
                 return
+            if fields.get("connection", 0) not in (0, source.connection):
+                return  # it crossed the greeting of this one
             if kind == "welcome":
                 source.rank, source.origin = fields["rank"], fields["origin"]
                 source.parts = _frames.Parts(fields["nbytes"])
@@ -97,27 +105,23 @@ class Arrivals:
     def _hello(self, source: Source) -> None:
         layout = self.layout.to_bytes()
         peer = source.peer
-        known = peer in self._watched
         self._drop(peer, FabricError("it is connected anew"))
         self._versions.forgive()
+        self._connections += 1
+        source.connection = self._connections
         self._sources[peer] = source
-        if not known:
-            self._watched.add(peer)
-            watch(
-                self.engine,
-                peer,
-                lambda error: self._worker.post(lambda: self._drop(peer, error)),
-            )
+        self._watch.add(peer)
         self._tell(
             peer,
             "hello",
             version=_frames.VERSION,
             rank=self.rank,
             name=self.engine.name,
+            connection=source.connection,
             nbytes=len(layout),
         )
         for part in _frames.in_parts(layout):
-            self.engine.submit_send(peer, part)
+            self._send(peer, part)
 
     def _take_plan(self, source: Source, data: bytes) -> None:
         assert source.parts is not None
@@ -192,39 +196,54 @@ class Arrivals:
         assert source.ring is not None
         assert self._plan is not None
         memory = source.ring.array[slot]
-        version, number = _claimed(memory)
-        begin = time.monotonic()
-        known = number < len(source.buckets)
-        nbytes = source.buckets[number].nbytes if known else 0
-        whole = known and is_whole(memory, version, number, nbytes)
-        verified = time.monotonic()
-        self._verify_s += verified - begin
-        if whole and version == self._versions.filling:
-            unpack(
-                self._plan,
-                source.buckets[number],
-                lambda leaf, tile: self._versions.back[leaf, tile],
-                memory[HEADER_BYTES:],
-            )
-            self._unpack_s += time.monotonic() - verified
-            source.taken.add(number)
+        version, number = claimed(memory)
+        whole = number < len(source.buckets) and version == self._versions.filling
+        if whole:
+            whole = self._take_bucket(source.buckets[number], memory, version, number)
+            (source.taken.add if whole else source.taken.discard)(number)
+            self._spoilt += not whole
         try:
             self._expect(source, slot)
         except FabricError as error:
             self._drop(source.peer, error)
             return
-        if not whole:
-            self._spoilt += 1
         kind = "took" if whole else "spoilt"
         self._tell(source.peer, kind, slot=slot)
         self._advance()
+
+    def _take_bucket(
+        self, bucket: Bucket, slot: Bytes, version: int, number: int
+    ) -> bool:
+        """Copies a bucket to its tiles; whether each byte of it is right.
+
+        If not, the tiles have what is wrong until it comes again: nobody sees them.
+        """
+        assert self._plan is not None
+        phases, versions = self._phases, self._versions
+        checksum = Checksum(version, number, bucket.nbytes)
+
+        def seen(part: Bytes) -> None:
+            phases.lap("unpack")
+            checksum.add(part)
+            phases.lap("verify")
+
+        phases.start()
+        unpack(
+            self._plan,
+            bucket,
+            lambda leaf, tile: versions.back[leaf, tile],
+            slot[HEADER_BYTES:],
+            seen,
+        )
+        phases.lap("unpack")
+        return is_whole(slot, checksum)
 
     def _offered(self, source: Source, version: int) -> None:
         filling = self._versions.filling
         if filling and source.offered == filling != version:
             # It has gone on, and what the others send of that is in vain.
             self._versions.filling = 0
-            self._refuse(filling, f"rank {source.rank} goes on to version {version}")
+            self._refuse(filling, f"{source.name} goes on to version {version}")
         source.offered = version
         self._grant()
 
@@ -248,7 +267,7 @@ class Arrivals:
                     why = f"version {versions.newest} is here, which is newer"
                     self._tell(source.peer, "refuse", version=version, why=why)
             return
-        self._verify_s = self._unpack_s = 0.0
+        self._phases = Phases()
         versions.begin(version, origin)
         for source in sources:
             source.taken.clear()
@@ -274,14 +293,14 @@ class Arrivals:
         self._tell(
             *(source.peer, "have"),
             version=version,
-            verify_us=int(self._verify_s * 1e6),
-            unpack_us=int(self._unpack_s * 1e6),
+            verify_us=int(self._phases.wall["verify"] * 1e6),
+            unpack_us=int(self._phases.wall["unpack"] * 1e6),
         )
 
     # --- What does not come ---
 
     def _refused(self, source: Source, fields: dict[str, Any]) -> None:
-        error = FabricError(f"the sender, rank {source.rank}: {fields['why']}")
+        error = FabricError(f"the sender, {source.name}: {fields['why']}")
         if fields["version"] == 0:
             self._drop(source.peer, error)
         elif fields["version"] == source.offered:
@@ -293,11 +312,10 @@ class Arrivals:
         if source is None:
             return
         if isinstance(error, PeerLostError):
-            self._watched.discard(peer)
             error = PeerLostError(
-                f"the sender, rank {source.rank}, is lost: {error}; connect to its "
+                f"the sender, {source.name}, is lost: {error}; connect to its "
                 "successor",
-                (source.rank,),
+                (source.rank,) if source.rank >= 0 else (),
             )
         with self._versions.changed:
             source.failure = error
@@ -328,10 +346,14 @@ class Arrivals:
                 self._tell(source.peer, "refuse", version=version, why=why)
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
-        try:
-            self.engine.submit_send(peer, _frames.encode(kind, **fields))
-        except FabricError:
-            return  # it is lost, which is noticed elsewhere
+        if kind == "refuse":
+            source = self._sources.get(peer)
+            fields["connection"] = 0 if source is None else source.connection
+        self._send(peer, _frames.encode(kind, **fields))
+
+    def _send(self, peer: int, data: bytes) -> None:
+        with contextlib.suppress(FabricError):  # it is lost, which is noticed elsewhere
+            self.engine.submit_send(peer, data)
 
 
 def _joint_origin(sources: list[Source]) -> int:
@@ -339,11 +361,3 @@ def _joint_origin(sources: list[Source]) -> int:
     origins = sorted((source.rank, source.origin) for source in sources)
     digest = hashlib.sha256(repr(origins).encode()).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _claimed(slot: Any) -> tuple[int, int]:
-    """The version and bucket that a slot's header names; not checked yet."""
-    return (
-        int(slot[:8].view(np.uint64)[0]),
-        int(slot[8:12].view(np.uint32)[0]),
-    )

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 BLOCK = 128  # of quantised leaves, in both dimensions
 _ALIGNMENT = 64  # of boxes in a bucket
+_BUCKETS_MIN = 8  # between two ranks, unless they are smaller than the next
+_SMALLEST = 1 << 20
 
 
 class Move(NamedTuple):
@@ -47,6 +49,18 @@ class Bucket(NamedTuple):
     nbytes: int
 
 
+def bucket_size(nbytes: int, bucket_bytes: int) -> int:
+    """How large the buckets between two ranks are that share so many bytes.
+
+    Some buckets for any two ranks let packing, writing and unpacking overlap; below a
+    MiB the bookkeeping of each costs more than that.
+
+    >>> bucket_size(16 << 20, 16 << 20) >> 20
+    2
+    """
+    return min(bucket_bytes, max(_SMALLEST, nbytes // _BUCKETS_MIN))
+
+
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the scales of a box that begins at a block."""
     return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
@@ -58,6 +72,9 @@ def in_parts(move: Move, bucket_bytes: int, quantised: bool) -> Iterator[Move]:
     Quantised ones are cut between blocks only.
     """
     itemsize = move.nbytes // max(1, math.prod(move.shape))
+    if _room(move.shape, itemsize, quantised) <= bucket_bytes:
+        yield move  # as most are; there may be many
+        return
     steps = list(move.shape)
     for axis in range(len(steps)):
         if _room(tuple(steps), itemsize, quantised) <= bucket_bytes:

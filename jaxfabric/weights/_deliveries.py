@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import secrets
 import time
@@ -17,14 +18,15 @@ from jaxfabric._errors import (
 )
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights import _frames
 from jaxfabric.weights._layout import TreeLayout
-from jaxfabric.weights._pack import pack
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
-from jaxfabric.weights._slot import HEADER_BYTES, seal
+from jaxfabric.weights._slot import HEADER_BYTES
+from jaxfabric.weights._staging import Staging
 from jaxfabric.weights._target import Job, Target
-from jaxfabric.weights._watch import watch
+from jaxfabric.weights._watch import IDS_BEGIN, Watch
 from jaxfabric.weights._worker import Worker
 
 _NAME_CHARS_MAX = 128
@@ -50,8 +52,7 @@ class Deliveries:
     ) -> None:
         self.engine, self.rank = engine, rank
         self._plan_to = plan_to
-        self._staging = engine.alloc((staging, HEADER_BYTES + bucket_bytes))
-        self._free = list(range(staging))
+        self._staging = Staging(engine, staging, bucket_bytes)
         self._targets: dict[int, Target] = {}
         self._turns: collections.deque[int] = collections.deque()
         self._latest: Job | None = None
@@ -59,6 +60,9 @@ class Deliveries:
         self._queue: collections.deque[Job] = collections.deque()
         self._origin = secrets.randbits(63)
         self._worker = Worker("jf.weights.Sender")
+        self._watch = Watch(
+            engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
+        )
         engine.submit_recvs(
             lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
         )
@@ -78,32 +82,30 @@ class Deliveries:
             elif target is not None and kind in _HANDLERS:
                 _HANDLERS[kind](self, target, fields)
         except Exception as error:  # hostile bytes may raise anything
-            failure = (
-                error
-                if isinstance(error, FabricError)
-                else FabricError(
+            failure = error
+            if not isinstance(failure, FabricError):
+                failure = FabricError(
                     f"jf.weights: what peer {peer} sent is malformed: {error}"
                 )
-            )
             self._tell(peer, "refuse", version=0, why=str(failure))
             self._drop(peer, failure)
 
     def _hello(self, peer: int, fields: dict[str, Any]) -> None:
+        self._drop(peer, FabricError("it began anew"))
+        self._watch.add(peer)
+        parts = _frames.Parts(fields["nbytes"])
+        name = f"{fields['name'][:_NAME_CHARS_MAX]}/{fields['rank']}"
+        if any(target.name == name for target in self._targets.values()):
+            name += f"#{peer}"
+        self._targets[peer] = Target(
+            *(peer, fields["rank"], name, fields["connection"], parts)
+        )
+        self._turns.append(peer)
         if fields["version"] != _frames.VERSION:
             raise FabricError(
                 f"jf.weights: the receiver speaks version {fields['version']}, the "
                 f"sender {_frames.VERSION}: run the same jaxfabric on both sides"
             )
-        if peer in self._targets:
-            self._drop(peer, FabricError("it began anew"))
-        else:
-            watch(self.engine, peer, lambda error: self._lost(peer, error))
-        parts = _frames.Parts(fields["nbytes"])
-        name = f"{fields['name'][:_NAME_CHARS_MAX]}/{fields['rank']}"
-        if any(target.name == name for target in self._targets.values()):
-            name += f"#{peer}"
-        self._targets[peer] = Target(peer, fields["rank"], name, parts)
-        self._turns.append(peer)
 
     def _take_layout(self, target: Target, data: bytes) -> None:
         assert target.layout_parts is not None
@@ -125,16 +127,17 @@ class Deliveries:
             nbytes=len(data),
         )
         for part in _frames.in_parts(data):
-            self.engine.submit_send(target.peer, part)
+            self._send(target.peer, part)
 
     def _on_ready(self, target: Target, fields: dict[str, Any]) -> None:
         if target.plan is None or target.memory is not None:
             return
-        if not 1 <= fields["slots"] <= 1 << 16 or fields["id"] >= 1 << 27:
+        slots = fields["slots"]
+        if not 1 <= slots <= 1 << 16 or fields["id"] + slots > IDS_BEGIN:
             raise FabricError("jf.weights: a receiver's ring is malformed")
         target.memory = MrDesc.from_bytes(bytes.fromhex(fields["memory"]))
         target.first_id = fields["id"]
-        target.slots = list(range(fields["slots"]))
+        target.slots = list(range(slots))
         self._tell(target.peer, "joined")
         if self._latest is None or self._queue:
             return  # the next push is for it, too
@@ -155,8 +158,8 @@ class Deliveries:
         if job is not None and fields["version"] == job.version and not target.went:
             target.went = True
             if not job.first_post:
-                job.push._adds("wait", time.monotonic() - job.waits_since)
                 job.first_post = time.monotonic()
+                job.push._phases.wall["wait"] = job.first_post - job.waits_since
             self._pump()
 
     def _on_took(self, target: Target, fields: dict[str, Any]) -> None:
@@ -205,9 +208,10 @@ class Deliveries:
     def _next_job(self) -> None:
         current = self._current
         if current is not None and current.catch_up and self._queue:
-            # Other ranks may offer the next version already, and never this one.
+            # Other ranks may offer the next version already, and never this one; what
+            # its receivers have of it they drop once the next one is offered.
             for target in list(self._targets.values()):
-                if target.job is current and not target.went:
+                if target.job is current:
                     self._end(target, FabricError("a newer version is pushed"))
             return
         if current is not None or not self._queue:
@@ -228,12 +232,13 @@ class Deliveries:
     def _pump(self) -> None:
         """Packs and writes what there is room for, receiver by receiver."""
         skipped = 0
-        while self._free and skipped < len(self._turns):
+        while self._staging.left and skipped < len(self._turns):
             peer = self._turns[0]
             self._turns.rotate(-1)
             target = self._targets.get(peer)
             number = None if target is None else target.ready_bucket()
-            if target is None or number is None:
+            # One that hangs keeps its places: some are left for the others.
+            if target is None or number is None or target.staged >= self._staging.left:
                 skipped += 1
                 continue
             skipped = 0
@@ -249,13 +254,13 @@ class Deliveries:
         assert made is not None
         assert target.memory is not None
         bucket = target.buckets[number]
-        staged = self._free.pop()
-        memory = self._staging.array[staged]
-        begin = time.monotonic()
+        staged = self._staging.free.pop()
+        target.staged += 1
         try:
-            pack(made, bucket, job.tile_of, memory[HEADER_BYTES:])
+            slot_bytes = self._staging.fill(staged, made, bucket, job, number)
         except Exception as error:
-            self._free.append(staged)
+            self._staging.free.append(staged)
+            target.staged -= 1
             target.again.append(number)  # it was not sent
             why = f"version {job.version} cannot be packed: {error!r}"
             if isinstance(error, RuntimeError):  # JAX's: the array was deleted
@@ -265,46 +270,38 @@ class Deliveries:
                 )
             self._give_up(target, FabricError(why))
             return
-        packed = time.monotonic()
-        seal(memory, job.version, number, bucket.nbytes)
-        job.push._adds("pack", packed - begin)
-        job.push._adds("seal", time.monotonic() - packed)
         slot = target.slots.pop()
         target.under_way[slot] = job.version, number
-        nbytes = HEADER_BYTES + bucket.nbytes
         try:
             future = self.engine.submit_single_write(
-                memory[:nbytes],
+                slot_bytes,
                 target.memory,
                 target.first_id + slot,
                 target_offset=slot * (HEADER_BYTES + made.bucket_bytes),
                 timeout_s=max(0.1, job.until - time.monotonic()),
             )
-        except FabricError as error:
-            self._free.append(staged)
+        except Exception as error:  # a ring that makes no sense may raise anything
+            self._staging.free.append(staged)
             self._broken(target, error)
             return
-        future.add_done_callback(
-            lambda done: self._worker.post(
-                lambda: self._written(target, job, staged, nbytes, done.exception(0))
-            )
-        )
+        job.push._phases.lap("write")
 
-    def _written(
-        self,
-        target: Target,
-        job: Job,
-        staged: int,
-        nbytes: int,
-        error: FabricError | None,
-    ) -> None:
-        self._free.append(staged)
-        if error is not None:
-            self._broken(target, error)
+        def ended(done: TransferFuture) -> None:
+            self._staging.free.append(staged)
+            target.staged -= 1
+            if (error := done.exception(0)) is not None:
+                self._broken(target, error)
+            else:
+                job.push._wrote(slot_bytes.nbytes, job.first_post)
+
+        def ended_later(done: TransferFuture) -> None:
+            self._worker.post(lambda: ended(done))
+            self._worker.post(self._pump)
+
+        if future.done():  # where writing is this thread's work; `_pump` goes on
+            ended(future)
         else:
-            job.push._wrote(nbytes)
-            job.push._phases["transfer"] = time.monotonic() - job.first_post
-        self._pump()
+            future.add_done_callback(ended_later)
 
     # --- How it ends ---
 
@@ -328,14 +325,12 @@ class Deliveries:
         if job is None:
             return
         self._tell(target.peer, "refuse", version=job.version, why=str(error))
-        if target.may_have_all():
-            error = OutcomeUnknownError(
-                f"all was written, and it did not say that it has it: {error}"
-            )
-        self._end(target, error)
+        self._end(target, _judged(target, error))
 
-    def _broken(self, target: Target, error: FabricError) -> None:
+    def _broken(self, target: Target, error: Exception) -> None:
         """A write failed: its ring cannot be used any more."""
+        if not isinstance(error, FabricError):
+            error = FabricError(f"its ring cannot be written: {error}")
         if self._targets.get(target.peer) is target:
             self._tell(target.peer, "refuse", version=0, why=str(error))
             self._drop(target.peer, error)
@@ -345,14 +340,7 @@ class Deliveries:
         if target is None:
             return
         self._turns.remove(peer)
-        if target.may_have_all():
-            error = OutcomeUnknownError(
-                f"all was written, and it did not say that it has it: {error}"
-            )
-        self._end(target, error)
-
-    def _lost(self, peer: int, error: FabricError) -> None:
-        self._worker.post(lambda: self._drop(peer, error))
+        self._end(target, _judged(target, error))
 
     def _expire(self, job: Job) -> None:
         self._stop(job, DeadlineError("the time limit of the push has passed"))
@@ -384,10 +372,22 @@ class Deliveries:
             self._drop(peer, PeerLostError(why, (self.rank,)))
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
-        try:
-            self.engine.submit_send(peer, _frames.encode(kind, **fields))
-        except FabricError:
-            return  # it is lost, which is noticed elsewhere
+        target = self._targets.get(peer)
+        connection = 0 if target is None else target.connection
+        self._send(peer, _frames.encode(kind, connection=connection, **fields))
+
+    def _send(self, peer: int, data: bytes) -> None:
+        with contextlib.suppress(FabricError):  # it is lost, which is noticed elsewhere
+            self.engine.submit_send(peer, data)
+
+
+def _judged(target: Target, error: FabricError) -> FabricError:
+    """An error that says whether the receiver may have the version all the same."""
+    if not target.may_have_all():
+        return error
+    return OutcomeUnknownError(
+        f"all was written, and it did not say that it has it: {error}"
+    )
 
 
 _HANDLERS: dict[str, Callable[[Deliveries, Target, dict[str, Any]], None]] = {

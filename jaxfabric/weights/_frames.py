@@ -8,7 +8,7 @@ from typing import Any
 from jaxfabric._errors import FabricError
 from jaxfabric._json_frames import JsonFrames, is_text, is_u64
 
-VERSION = 1
+VERSION = 2
 _PART_BYTES = 1 << 19
 _WHOLE_BYTES_MAX = 1 << 28
 _PART = b"\x00"  # no JSON begins so
@@ -20,6 +20,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "version": is_u64,
         "rank": is_u64,
         "name": is_text,
+        "connection": is_u64,  # what answers it says so: older ones may cross it
         "nbytes": is_u64,
     },
     "ready": {"slots": is_u64, "id": is_u64, "memory": is_text},
@@ -28,21 +29,23 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "spoilt": {"slot": is_u64},
     "have": {"version": is_u64, "verify_us": is_u64, "unpack_us": is_u64},
     # either way: a version, or all of them (version 0), will not come about
-    "refuse": {"version": is_u64, "why": is_text},
+    "refuse": {"version": is_u64, "why": is_text, "connection": is_u64},
     # source to target; a plan follows in parts
     "welcome": {
         "version": is_u64,
         "rank": is_u64,
         "origin": is_u64,  # tells this Sender from one of the same rank before it
         "nbytes": is_u64,
+        "connection": is_u64,
     },
-    "joined": {},
-    "begin": {"version": is_u64},
+    "joined": {"connection": is_u64},
+    "begin": {"version": is_u64, "connection": is_u64},
     # between the ranks of a target
     "join": {"rank": is_u64},
     "newest": {"version": is_u64, "origin": is_u64, "number": is_u64},
     "want": {"version": is_u64, "number": is_u64},
     "use": {"version": is_u64, "number": is_u64},
+    "gone": {"rank": is_u64, "number": is_u64},
 }
 
 

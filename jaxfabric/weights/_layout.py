@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import zlib
@@ -89,8 +90,12 @@ class TreeLayout:
         names = {leaf.name for leaf in self.leaves}
         if len(names) < len(self.leaves):
             raise ValueError("TreeLayout: two leaves have the same name")
+        kinds = set()  # many leaves are of few kinds
         for leaf in self.leaves:
-            _check_leaf(leaf, self.meshes)
+            kind = leaf.shape, leaf.dtype, leaf.mesh, leaf.spec
+            if kind not in kinds or len(leaf.name) > _NAME_CHARS_MAX:
+                _check_leaf(leaf, self.meshes)
+                kinds.add(kind)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -144,7 +149,16 @@ class TreeLayout:
 
     def to_bytes(self) -> bytes:
         """For the other job; equal layouts give equal bytes."""
-        text = json.dumps(dataclasses.astuple(self), separators=(",", ":"))
+        return self._bytes
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        meshes = [(mesh.axes, mesh.ranks) for mesh in self.meshes]
+        leaves = [
+            (leaf.name, leaf.shape, leaf.dtype, leaf.mesh, leaf.spec)
+            for leaf in self.leaves
+        ]
+        text = json.dumps((meshes, leaves), separators=(",", ":"))
         return zlib.compress(text.encode(), 6)
 
     @classmethod

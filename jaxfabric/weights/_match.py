@@ -237,7 +237,9 @@ def check_cover(target: TreeLayout, links: Sequence[Link]) -> None:
         dimensions = max((len(link.extent) for link in found), default=0)
         starts = [view_start(link.target_start, dimensions) for link in found]
         shapes = [view(link.extent, dimensions) for link in found]
-        twice = overlaps(np.asarray(starts, np.int64), np.asarray(shapes, np.int64))
+        twice = None
+        if len(found) > 1:
+            twice = overlaps(np.asarray(starts, np.int64), np.asarray(shapes, np.int64))
         if twice is not None:
             raise PlanMismatchError(
                 f"jf.weights.plan: {leaf.name} would be filled twice, at "

@@ -10,7 +10,14 @@ import zlib
 from typing import Any
 
 from jaxfabric._errors import FabricError, PlanMismatchError
-from jaxfabric.weights._buckets import BLOCK, Bucket, Move, in_buckets, scale_shape
+from jaxfabric.weights._buckets import (
+    BLOCK,
+    Bucket,
+    Move,
+    bucket_size,
+    in_buckets,
+    scale_shape,
+)
 from jaxfabric.weights._copies import (
     Copies,
     copies_of,
@@ -22,7 +29,7 @@ from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import Link, Rename, match, view
 from jaxfabric.weights._tiles import tile_shape, tiles_of
 
-BUCKET_BYTES = 8 << 20
+BUCKET_BYTES = 16 << 20
 _BUCKET_BYTES_MIN = 1 << 18  # a row of quantised blocks fits
 _TEXT_BYTES_MAX = 1 << 28
 
@@ -63,7 +70,14 @@ class Plan:
     def _bytes(self) -> bytes:
         text = json.dumps(
             [
-                [dataclasses.astuple(link) for link in self.links],
+                [
+                    (
+                        *(link.source, link.target),
+                        *(link.source_start, link.target_start, link.extent),
+                        link.scales,
+                    )
+                    for link in self.links
+                ],
                 self.bucket_bytes,
             ],
             separators=(",", ":"),
@@ -105,7 +119,9 @@ class Plan:
             rank: list(
                 in_buckets(
                     ((move, self.links[move.link].scales >= 0) for move in of_rank),
-                    self.bucket_bytes,
+                    bucket_size(
+                        sum(move.nbytes for move in of_rank), self.bucket_bytes
+                    ),
                 )
             )
             for rank, of_rank in moves.items()

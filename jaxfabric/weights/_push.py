@@ -12,6 +12,7 @@ from typing import NamedTuple
 import rich.progress
 
 from jaxfabric._errors import FabricError, OutcomeUnknownError, PeerLostError
+from jaxfabric.weights._phases import Phases
 
 _REDRAW_S = 0.1
 
@@ -35,11 +36,14 @@ class PushStats(NamedTuple):
       wait_s: until the first receiver was ready for the version.
       pack_s: to copy, cast and quantise, with copies from devices.
       seal_s: to compute checksums.
-      transfer_s: from the first write to the last one's end; overlaps with the others.
+      transfer_s: from the leave to write to the last write's end; overlaps with the
+        others.
       total_s: from `push` to the last receipt.
       nbytes: written by this rank.
       writes: how many.
       receipts: by receiver.
+      core_s: for which this rank's thread ran, not by the clock: "pack", "seal", and
+        "write", as far as writes are its work and not that of a NIC.
     """
 
     wait_s: float
@@ -50,6 +54,7 @@ class PushStats(NamedTuple):
     nbytes: int
     writes: int
     receipts: dict[str, Receipt]
+    core_s: dict[str, float]
 
 
 class Push:
@@ -76,7 +81,7 @@ class Push:
         self._receipts: dict[str, Receipt] = {}
         self._done = False
         self._total = self._written = 0
-        self._phases = dict.fromkeys(("wait", "pack", "seal", "transfer", "total"), 0.0)
+        self._phases = Phases()
         self._writes = 0
 
     def done(self) -> bool:
@@ -159,24 +164,25 @@ class Push:
 
     def stats(self) -> PushStats:
         """Where its time went so far."""
+        wall, core = self._phases.wall, self._phases.core
         return PushStats(
-            **{f"{phase}_s": seconds for phase, seconds in self._phases.items()},
+            *(wall["wait"], wall["pack"], wall["seal"]),
+            *(wall["transfer"], wall["total"]),
             nbytes=self._written,
             writes=self._writes,
             receipts=dict(self._receipts),
+            core_s={phase: core[phase] for phase in ("pack", "seal", "write")},
         )
 
     # --- For the Sender ---
-
-    def _adds(self, phase: str, seconds: float) -> None:
-        self._phases[phase] += seconds
 
     def _opens(self, name: str, nbytes: int) -> None:
         with self._changed:
             self._open.add(name)
             self._total += nbytes
 
-    def _wrote(self, nbytes: int) -> None:
+    def _wrote(self, nbytes: int, first_post: float) -> None:
+        self._phases.wall["transfer"] = time.monotonic() - first_post
         self._written += nbytes
         self._writes += 1
 
@@ -193,13 +199,13 @@ class Push:
     def _resolve(self) -> None:
         with self._changed:
             if not self._done and not self._open:
-                self._phases["total"] = time.monotonic() - self._begin
+                self._phases.wall["total"] = time.monotonic() - self._begin
                 self._done = True
                 self._changed.notify_all()
 
     def _error(self) -> FabricError:
         names = sorted(self._failures)
-        took = self._phases["total"]
+        took = self._phases.wall["total"]
         text = f"push of version {self.version}: failed after {took:.1f} s: " + (
             "; ".join(f"receiver {name}: {self._failures[name]}" for name in names[:8])
         )

@@ -71,7 +71,7 @@ class Receiver(Arrivals):
         layout: TreeLayout | None = None,
         rank: int = 0,
         leader: bytes | None = None,
-        slots: int = 4,
+        slots: int = 2,
     ) -> None:
         described = TreeLayout.of(like) if layout is None else layout
         if rank not in described.ranks:
@@ -167,7 +167,12 @@ class Receiver(Arrivals):
         return target_tree(self.layout, self._like, tiles)
 
     def stats(self) -> dict[str, float]:
-        """Versions, number of sources, bytes of memory, and what became of buckets."""
+        """Versions, number of sources, bytes of memory, and what became of buckets.
+
+        ``verify_s`` and ``unpack_s`` are seconds of the newest version by the clock,
+        ``verify_core_s`` and ``unpack_core_s`` those that its thread ran.
+        """
+        phases = self._phases
         rings = [region.array.nbytes for region in list(self._rings)]
         return {
             "version": self._versions.newest,
@@ -175,8 +180,8 @@ class Receiver(Arrivals):
             "sources": len(self._sources),
             "bytes": self._versions.nbytes + sum(rings),
             "spoilt": self._spoilt,
-            "verify_s": self._verify_s,
-            "unpack_s": self._unpack_s,
+            **{f"{name}_s": phases.wall[name] for name in ("verify", "unpack")},
+            **{f"{name}_core_s": phases.core[name] for name in ("verify", "unpack")},
         }
 
     def close(self) -> None:

@@ -37,7 +37,8 @@ class Sender(Deliveries):
         with the options that follow.
       bucket_bytes, rename, cast, scales: as for `jf.weights.plan`.
       staging: buckets that are packed at a time. It takes
-        ``staging * bucket_bytes`` of registered memory.
+        ``staging * bucket_bytes`` of registered memory. Of three, a receiver that hangs
+        keeps two until it is lost, so that the others go on; two such keep all.
       host_bytes: of tiles that are kept in host memory, if the parameters are not.
 
     Raises:
@@ -64,7 +65,7 @@ class Sender(Deliveries):
         rename: Rename | None = None,
         cast: bool = False,
         scales: str | None = None,
-        staging: int = 4,
+        staging: int = 3,
         host_bytes: int = 256 << 20,
     ) -> None:
         if plan is not None and plan.source != layout:
@@ -106,6 +107,26 @@ class Sender(Deliveries):
             f"{len(target.buckets)} buckets"
             for target in list(self._targets.values())
             if target.memory is not None
+        }
+
+    def stats(self) -> dict[str, int]:
+        """Bytes of host memory.
+
+        ``bytes`` are its own: ``staging`` buckets; tiles of parameters that are not in
+        host memory, at most ``host_bytes`` and one tile; and NumPy's leaves, once for
+        each push that is under way or the newest. ``ring_bytes`` are those of the
+        receivers' rings that it writes into: over ``"shm"`` they are mapped here, too.
+        """
+        jobs = [self._latest, self._current, *list(self._queue)]
+        kept = {id(job.tile_of): job.tile_of.nbytes for job in jobs if job is not None}
+        rings = [
+            (len(target.slots) + len(target.under_way)) * target.plan.bucket_bytes
+            for target in list(self._targets.values())
+            if target.plan is not None
+        ]
+        return {
+            "bytes": self._staging.nbytes + sum(kept.values()),
+            "ring_bytes": sum(rings),
         }
 
     def push(

@@ -11,7 +11,12 @@ import numpy.typing as npt
 
 from jaxfabric._errors import FabricError
 from jaxfabric.weights._layout import TreeLayout
-from jaxfabric.weights._tiles import TilesByKey, tile_shape, tiles_of
+from jaxfabric.weights._tiles import (
+    TilesByKey,
+    aligned_copy,
+    tile_shape,
+    tiles_of,
+)
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +66,8 @@ def target_tree(layout: TreeLayout, like: Any, tiles: TilesByKey) -> Any:
         parts = [
             # A copy of its own: JAX may use the memory that it is given.
             jax.device_put(
-                tiles[number, _tile(_starts(index), shape, cut.parts)].copy(), device
+                aligned_copy(tiles[number, _tile(_starts(index), shape, cut.parts)]),
+                device,
             )
             for device, index in indices.items()
         ]
@@ -85,6 +91,12 @@ class HostTiles:
         self._here: collections.OrderedDict[tuple[int, int], Array] = (
             collections.OrderedDict()
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that it keeps: copies, but not arrays of JAX."""
+        copied = [t.nbytes for t in self._tiles.values() if isinstance(t, np.ndarray)]
+        return self._bytes + sum(copied)
 
     def __call__(self, leaf: int, tile: int) -> Array:
         key = leaf, tile

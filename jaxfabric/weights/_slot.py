@@ -10,32 +10,47 @@ import numpy.typing as npt
 
 from jaxfabric._errors import FabricError
 
-# version, bucket, nbytes, checksum of these and the bytes
+# version, bucket, nbytes, checksum of these and of the boxes' bytes
 _HEADER = struct.Struct("<QIIQ")
 HEADER_BYTES = 64  # so that boxes are aligned
 
 Bytes = npt.NDArray[np.uint8]
 
 
-def seal(slot: Bytes, version: int, bucket: int, nbytes: int) -> None:
+class Checksum:
+    """The checksum of a bucket, whose bytes are added part by part, in order.
+
+    So each part is read while it is still in the cache of the core that copies it.
+    """
+
+    def __init__(self, version: int, bucket: int, nbytes: int) -> None:
+        self._fields = version, bucket, nbytes
+        seed = _xxhash().xxh3_64_intdigest(_HEADER.pack(*self._fields, 0))
+        self._sum = _xxhash().xxh3_64(seed=seed)
+
+    def add(self, part: Bytes) -> None:
+        """The next bytes; contiguous."""
+        self._sum.update(part.data)
+
+    def header(self) -> bytes:
+        """The header of a slot that holds all that was added."""
+        return _HEADER.pack(*self._fields, self._sum.intdigest())
+
+
+def seal(slot: Bytes, checksum: Checksum) -> None:
     """Writes the header of a slot whose bytes are there."""
-    checksum = _checksum(slot, version, bucket, nbytes)
-    slot[: _HEADER.size] = memoryview(_HEADER.pack(version, bucket, nbytes, checksum))
+    slot[: _HEADER.size] = memoryview(checksum.header())
 
 
-def is_whole(slot: Bytes, version: int, bucket: int, nbytes: int) -> bool:
-    """Whether a slot holds this bucket, and every byte of it is right."""
-    checksum = _checksum(slot, version, bucket, nbytes)
-    return _HEADER.pack(version, bucket, nbytes, checksum) == bytes(
-        slot[: _HEADER.size]
-    )
+def is_whole(slot: Bytes, checksum: Checksum) -> bool:
+    """Whether the header of a slot says what was added to the checksum."""
+    return checksum.header() == bytes(slot[: _HEADER.size])
 
 
-def _checksum(slot: Bytes, version: int, bucket: int, nbytes: int) -> int:
-    header = _HEADER.pack(version, bucket, nbytes, 0)
-    seed = _xxhash().xxh3_64_intdigest(header)
-    content = slot[HEADER_BYTES : HEADER_BYTES + nbytes]
-    return int(_xxhash().xxh3_64_intdigest(content.data, seed=seed))
+def claimed(slot: Bytes) -> tuple[int, int]:
+    """The version and bucket that a slot's header names; not checked yet."""
+    version, bucket, _, _ = _HEADER.unpack(bytes(slot[: _HEADER.size]))
+    return version, bucket
 
 
 def _xxhash() -> Any:

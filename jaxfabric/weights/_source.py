@@ -17,6 +17,7 @@ class Source:
 
     Attributes:
       peer: number of its engine.
+      connection: number of the greeting; what answers an older one is not for it.
       parts: of its plan, until that is there.
       rank: in its job; -1 until it has said so.
       origin: tells it from another Sender of that rank.
@@ -31,6 +32,7 @@ class Source:
     """
 
     peer: int
+    connection: int = 0
     parts: Parts | None = None
     rank: int = -1
     origin: int = 0
@@ -42,6 +44,11 @@ class Source:
     offered: int = 0
     waits: dict[int, Any] = dataclasses.field(default_factory=dict)
     taken: set[int] = dataclasses.field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return f"rank {self.rank}" if self.rank >= 0 else f"peer {self.peer}"
 
     @property
     def complete(self) -> bool:

@@ -36,6 +36,7 @@ class Target:
       peer: number of its engine.
       rank: in its job.
       name: of its engine, and its rank.
+      connection: number of its greeting; all that it is told says that number.
       layout_parts: until its layout is there.
       plan: to its layout.
       buckets: of this rank to it.
@@ -48,11 +49,13 @@ class Target:
       slots: those of its ring that are free.
       under_way: version and bucket in each slot that it has not emptied yet.
       spoilt: how many came spoilt.
+      staged: how many of the Sender's staging buckets are on their way to it.
     """
 
     peer: int
     rank: int
     name: str
+    connection: int
     layout_parts: Parts | None
     plan: Plan | None = None
     buckets: list[Bucket] = dataclasses.field(default_factory=list)
@@ -65,6 +68,7 @@ class Target:
     slots: list[int] = dataclasses.field(default_factory=list)
     under_way: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     spoilt: int = 0
+    staged: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,8 @@ from jaxfabric.weights._layout import LeafLayout, MeshLayout, TreeLayout
 Ints = npt.NDArray[np.int64]
 TilesByKey = dict[tuple[int, int], npt.NDArray[Any]]
 
+_ALIGNMENT = 64  # of tiles, in bytes
+
 
 class Tiles(NamedTuple):
     """How one array is cut.
@@ -51,14 +53,39 @@ def tile_shape(leaf: LeafLayout, tiles: Tiles) -> tuple[int, ...]:
 
 
 def empty_tiles(layout: TreeLayout, rank: int) -> TilesByKey:
-    """Zeroed tiles of all that a rank holds, by number of leaf and of tile."""
-    return {
-        (number, tile): np.zeros(tile_shape(leaf, tiles), leaf.dtype)
+    """Zeroed tiles of all that a rank holds, by number of leaf and of tile.
+
+    Their pages are there: what comes first need not wait for them.
+    """
+    held = {
+        (number, tile): (tile_shape(leaf, tiles), leaf.dtype)
         for number, leaf in enumerate(layout.leaves)
         for tiles in [tiles_of(layout, leaf)]
         for tile, holders in enumerate(tiles.holders)
         if rank in holders
     }
+    made = {key: _aligned(shape, dtype) for key, (shape, dtype) in held.items()}
+    for values in made.values():
+        values.reshape(-1).view(np.uint8).fill(0)
+    return made
+
+
+def aligned_copy(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A contiguous copy that JAX takes as it is.
+
+    What does not begin at a multiple of 64 bytes it copies once more, in threads of
+    its own.
+    """
+    copy = _aligned(values.shape, values.dtype)
+    copy[...] = values
+    return copy
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + nbytes].view(dtype).reshape(shape)
 
 
 class Segments(NamedTuple):

@@ -14,30 +14,42 @@ IDS_BEGIN = 1 << 26  # ids of other uses are below
 _ids = itertools.cycle(range(IDS_BEGIN, 1 << 27))
 
 
-def watch(
-    engine: TransferEngine, peer: int, lost: Callable[[FabricError], object]
-) -> None:
-    """Calls ``lost(error)`` once the peer is lost; never after the engine's end.
+class Watch:
+    """Calls ``lost(peer, error)`` once a peer is lost; never after the engine's end.
 
     It waits for what nobody sends. A peer that counts under its id all the same gains
     nothing: the wait goes on under another.
     """
 
-    def over(done: Any) -> None:
-        error = done.exception(0)
-        if isinstance(error, PeerLostError):
-            lost(error)
-        elif not engine.closed:
-            arm()
+    def __init__(
+        self, engine: TransferEngine, lost: Callable[[int, FabricError], object]
+    ) -> None:
+        self._engine, self._lost = engine, lost
+        self._peers: set[int] = set()
 
-    def arm() -> None:
+    def add(self, peer: int) -> None:
+        """Watches a peer; once, however often it is asked to."""
+        if peer not in self._peers:
+            self._peers.add(peer)
+            self._arm(peer)
+
+    def _arm(self, peer: int) -> None:
+        def over(done: Any) -> None:
+            error = done.exception(0)
+            if isinstance(error, PeerLostError):
+                self._over(peer, error)
+            elif not self._engine.closed:
+                self._arm(peer)
+
         try:
-            engine.expect_imm_count(
+            self._engine.expect_imm_count(
                 next(_ids), 1, over, peers=[peer], timeout_s=_FOREVER_S
             )
         except PeerLostError as error:
-            lost(error)
+            self._over(peer, error)
         except FabricError:
             return
 
-    arm()
+    def _over(self, peer: int, error: FabricError) -> None:
+        self._peers.discard(peer)
+        self._lost(peer, error)

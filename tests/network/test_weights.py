@@ -19,7 +19,7 @@ def test_any_sharding_becomes_any_other_over_efa(
 ) -> None:
     with SoftEfa(softefa_build, nics=2) as network:
         run = subprocess.run(
-            [sys.executable, weights_pairs.__file__, "ofi/efa", "4"],
+            [sys.executable, weights_pairs.__file__, "ofi/efa"],
             env=os.environ | network.environment() | {"JAXFABRIC_LIBFABRIC": libfabric},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,48 @@
+"""Staging: registered memory in which a Sender puts buckets together."""
+
+from __future__ import annotations
+
+from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights._buckets import Bucket
+from jaxfabric.weights._pack import pack
+from jaxfabric.weights._plan import Plan
+from jaxfabric.weights._slot import HEADER_BYTES, Bytes, Checksum, seal
+from jaxfabric.weights._target import Job
+
+
+class Staging:
+    """Room for a few buckets.
+
+    Attributes:
+      free: numbers of those that are not in use.
+      nbytes: of all of them.
+    """
+
+    def __init__(self, engine: TransferEngine, buckets: int, bucket_bytes: int) -> None:
+        self._memory = engine.alloc((buckets, HEADER_BYTES + bucket_bytes)).array
+        self.free = list(range(buckets))
+        self.nbytes = self._memory.nbytes
+
+    @property
+    def left(self) -> int:
+        """How many are free."""
+        return len(self.free)
+
+    def fill(
+        self, place: int, plan: Plan, bucket: Bucket, job: Job, number: int
+    ) -> Bytes:
+        """Packs and seals a bucket; its bytes, with their header."""
+        slot: Bytes = self._memory[place, : HEADER_BYTES + bucket.nbytes]
+        checksum = Checksum(job.version, number, bucket.nbytes)
+        phases = job.push._phases
+
+        def seen(part: Bytes) -> None:
+            phases.lap("pack")
+            checksum.add(part)
+            phases.lap("seal")
+
+        phases.start()
+        pack(plan, bucket, job.tile_of, slot[HEADER_BYTES:], seen)
+        seal(slot, checksum)
+        phases.lap("seal")
+        return slot
