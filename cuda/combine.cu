@@ -262,9 +262,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = threadIdx.x / kLanes;
   const int block = blockIdx.x;
   if (block == 0) SayHello(peers, epoch);
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
-    EnterProgramCall(peers, Operation::kCombine, epoch);
-  }
   bool good = true;
   if (warp == kWarps - 1) {  // the others begin with the index
     good = BeginOfSources(peers, shape, io.recv_count, Operation::kCombine,
@@ -290,6 +287,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int senders = roles ? send_blocks : gridDim.x;
     Send<kType, kVector, kPackets>(w,
                                    {warp * senders + block, senders * kWarps});
+  }
+  // Late and by a warp in the middle, which nobody waits for: it takes a
+  // microsecond.
+  if (block == 0 && threadIdx.x == kThreads / 2) {
+    EnterProgramCall(peers, Operation::kCombine, epoch);
   }
   if (receives) {
     const int receivers = gridDim.x - send_blocks;
@@ -328,15 +330,17 @@ Kernel KernelFor(RowType type, bool vector, bool many) {
 
 // Blocks that send, and blocks that receive. Sums keep the senders busy.
 Grid CombineGrid(const MoeShape& shape, int blocks_max) {
-  if (blocks_max < 2) return {blocks_max, 0, 1, false};
+  if (blocks_max < 2) return {blocks_max, 0, 1, false, 0};
   if (shape.tokens > kManyTokens) {
     return {blocks_max, std::max(1, blocks_max * 3 / 8), shape.expand ? 1 : 2,
-            false};
+            false, 0};
   }
-  if (!shape.expand) return {blocks_max, std::max(1, blocks_max / 4), 1, false};
-  if (shape.tokens <= 64) return {blocks_max, blocks_max / 2, 1, false};
-  if (shape.tokens <= 128) return {blocks_max, blocks_max * 7 / 16, 1, false};
-  return {blocks_max, blocks_max / 2, 2, false};
+  if (!shape.expand)
+    return {blocks_max, std::max(1, blocks_max / 4), 1, false, 0};
+  if (shape.tokens <= 64) return {blocks_max, blocks_max / 2, 1, false, 0};
+  if (shape.tokens <= 128)
+    return {blocks_max, blocks_max * 7 / 16, 1, false, 0};
+  return {blocks_max, blocks_max / 2, 2, false, 0};
 }
 
 cudaError_t LaunchCombine(const Peers& peers, const MoeShape& shape, Grid grid,

@@ -75,6 +75,22 @@ __device__ inline void StoreReleaseGpu(uint32_t* at, uint32_t value) {
                : "memory");
 }
 
+__device__ inline uint64_t LoadAcquireGpu(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
+               : "=l"(value)
+               : "l"(at)
+               : "memory");
+  return value;
+}
+
+__device__ inline void StoreReleaseGpu(uint64_t* at, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;"
+               :
+               : "l"(at), "l"(value)
+               : "memory");
+}
+
 // Returns the value before.
 __device__ inline uint32_t AddAcquireReleaseGpu(uint32_t* at, uint32_t value) {
   uint32_t before;

@@ -181,9 +181,10 @@ __device__ DispatchWork WorkOf(const Peers& peers, const MoeShape& shape,
   const int columns = PlanColumns(shape);
   const int warp = threadIdx.x / kLanes;
   DispatchWork w = {
-      peers, shape, io,       {},
-      {},    words, epoch,    static_cast<int>(threadIdx.x) % kLanes,
-      {},    many,  per_item, false};
+      peers,    shape, io,       {},
+      {},       words, epoch,    static_cast<int>(threadIdx.x) % kLanes,
+      {},       many,  per_item, false,
+      INT32_MAX};
   w.part = MyPart(w.lane);
   w.totals = {words, words + columns, words + 2 * columns};
   w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
@@ -199,13 +200,10 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     DispatchKernel(const __grid_constant__ Peers peers,
                    const __grid_constant__ MoeShape shape,
                    const __grid_constant__ DispatchBuffers io, char* workspace,
-                   int send_blocks, int per_item) {
+                   int send_blocks, int per_item, int items_before_plan) {
   extern __shared__ uint4 shared[];
   const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
-    EnterProgramCall(peers, Operation::kDispatch, epoch);
-  }
   const int warp = threadIdx.x / kLanes;
   DispatchWork w = WorkOf(peers, shape, io, epoch, kMany, per_item, shared);
   const int receive_blocks = gridDim.x - send_blocks;
@@ -213,16 +211,24 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   char* const tables =
       kMany ? workspace : reinterpret_cast<char*>(shared) + BuffersBytes(shape);
   LayTables(shape, kMany ? receive_blocks : 1, tables, &w.tables);
+  const bool senders_place = kMany && items_before_plan > 0;
+  if (senders_place) {
+    w.own_items = items_before_plan * send_blocks * kDispatchWarps;
+  }
   int block = blockIdx.x;
+  // Late and by a warp in the middle, which nobody waits for: it takes a
+  // microsecond.
+  const bool enters = block == 0 && threadIdx.x == kDispatchThreads / 2;
   if (peers.phase == Phase::kDone) {
     if (blockIdx.x == gridDim.x - 1) CountSent(w);
+    if (enters) EnterProgramCall(peers, Operation::kDispatch, epoch);
   } else if (!roles || block < send_blocks) {
     // A block's warps are far apart in the order of the work.
     const int blocks = roles ? send_blocks : gridDim.x;
     const WarpShare share = {warp * blocks + block, blocks * kDispatchWarps};
     Send<Rows>(w, share);
-    // The last block has the least to send.
-    if (block == blocks - 1) CountSent(w);
+    if (!senders_place && block == blocks - 1) CountSent(w);
+    if (enters) EnterProgramCall(peers, Operation::kDispatch, epoch);
     if (roles) {
       __syncthreads();
       if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
@@ -230,10 +236,15 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     }
   } else {
     block -= send_blocks;
+    // Senders that place rows too have no time left; here routes are waited
+    // for.
+    if (senders_place && block == 0) CountSent(w);
   }
   const PlanTeam team =
       kMany ? PlanTeam{block, receive_blocks} : PlanTeam{0, 1};
   if (!MakePlan(w, team)) return;
+  // Only where somebody waits: halves have epochs of the same numbers.
+  if (senders_place && block == 0) AnnouncePlan(peers, epoch);
   // Not by the first warps, which have the routes to place.
   if (threadIdx.x == kLanes) AdvanceEpoch(peers, epoch);
   const WarpShare share = {warp * receive_blocks + block,
@@ -248,8 +259,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
     DispatchStartKernel(const __grid_constant__ Peers peers,
                         const __grid_constant__ MoeShape shape,
                         const __grid_constant__ DispatchBuffers io,
-                        char* /*workspace*/, int /*send_blocks*/,
-                        int per_item) {
+                        char* /*workspace*/, int /*send_blocks*/, int per_item,
+                        int /*items_before_plan*/) {
   extern __shared__ uint4 shared[];
   const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
@@ -265,7 +276,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       {warp * blocks + static_cast<int>(blockIdx.x), blocks * kDispatchWarps});
 }
 
-using Kernel = void (*)(Peers, MoeShape, DispatchBuffers, char*, int, int);
+using Kernel = void (*)(Peers, MoeShape, DispatchBuffers, char*, int, int, int);
 
 // What a call is to a kernel.
 enum class Form { kFew, kMany, kStart };
@@ -318,13 +329,17 @@ Grid DispatchGrid(const MoeShape& shape, int blocks_max) {
   constexpr int kTokensForRoles = 32;
   const auto with = [&](int sixteenths, int segments) {
     return Grid{blocks_max, std::max(1, blocks_max * sixteenths / 16), segments,
-                many};
+                many, 0};
   };
   // Numbers of e4m3 are made by senders and, of own rows, by receivers.
   if (shape.scaled && shape.tokens >= kTokensForRoles) {
     if (!many) return with(4, 2);
     if (shape.expand) return with(shape.keep ? 4 : 3, 1);
-    return with(shape.keep ? 5 : 4, 4);
+    // The plan takes 17 us, however long the rest does.
+    Grid grid = with(6, 1);
+    grid.items_before_plan =
+        std::clamp(shape.tokens / 256, 2, shape.keep ? 10 : 8);
+    return grid;
   }
   // The senders are as many as keep the link busy; repeated rows keep the
   // receivers busy too.
@@ -332,11 +347,11 @@ Grid DispatchGrid(const MoeShape& shape, int blocks_max) {
     if (shape.tokens > 1024 && !shape.expand) return with(7, 4);
     const int share = shape.expand ? 6 : 4;
     return {blocks_max, std::max(1, blocks_max / share),
-            shape.tokens > 1024 ? 3 : 2, true};
+            shape.tokens > 1024 ? 3 : 2, true, 0};
   }
-  if (shape.tokens < kTokensForRoles) return {blocks_max, 0, 1, false};
+  if (shape.tokens < kTokensForRoles) return {blocks_max, 0, 1, false, 0};
   const int share = shape.tokens <= 128 ? 8 : 4;
-  return {blocks_max, std::max(1, blocks_max / share), 2, false};
+  return {blocks_max, std::max(1, blocks_max / share), 2, false, 0};
 }
 
 cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
@@ -361,8 +376,11 @@ cudaError_t LaunchDispatch(const Peers& peers, const MoeShape& shape, Grid grid,
       shape.scaled ? ScaledKernel(form, shape.type) : PlainKernel(form, vector);
   // All blocks of a half have the same role.
   const int send_blocks = peers.phase == Phase::kWhole ? grid.send_blocks : 0;
+  const bool senders_place =
+      send_blocks > 0 && many && shape.scaled && !shape.expand;
   return cudaLaunchKernelEx(&config, kernel, peers, shape, buffers, workspace,
-                            send_blocks, grid.segments_per_item);
+                            send_blocks, grid.segments_per_item,
+                            senders_place ? grid.items_before_plan : 0);
 }
 
 cudaError_t PreloadDispatchKernels() {

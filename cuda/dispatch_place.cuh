@@ -142,18 +142,24 @@ __device__ inline void CountSent(const DispatchWork& w) {
   const MoeShape& shape = w.shape;
   if (threadIdx.x < kRanksMax) sent[threadIdx.x] = 0;
   __syncthreads();
-  for (int token = threadIdx.x; token < shape.tokens;
-       token += kDispatchThreads) {
+  int mine = 0;  // lane r: of this warp's tokens, those that go to rank r
+  for (int first = static_cast<int>(threadIdx.x) - w.lane; first < shape.tokens;
+       first += kDispatchThreads) {
+    const int token = first + w.lane;
     uint32_t to = 0;
 #pragma unroll 8
-    for (int k = 0; k < shape.k; ++k) {
+    for (int k = 0; k < shape.k && token < shape.tokens; ++k) {
       const int id = w.io.ids[int64_t{token} * shape.k + k];
       if (id >= 0 && id < shape.experts * shape.ranks) {
         to |= 1u << (id / shape.experts);
       }
     }
-    for (; to != 0; to &= to - 1) atomicAdd(&sent[__ffs(to) - 1], 1);
+    for (int rank = 0; rank < shape.ranks; ++rank) {
+      const uint32_t going = __ballot_sync(kAllLanes, (to >> rank & 1) != 0);
+      if (w.lane == rank) mine += __popc(going);
+    }
   }
+  if (mine != 0) atomicAdd(&sent[w.lane], mine);
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < shape.ranks) {
     w.io.sent[threadIdx.x] = sent[threadIdx.x];

@@ -173,6 +173,30 @@ __device__ inline void SumBlocks(const MoeShape& shape, PlanTeam team,
   __syncthreads();
 }
 
+// A plan's number: calls over other axes have epochs of their own.
+__device__ inline uint64_t PlanNumber(const Peers& peers, uint64_t epoch) {
+  const auto set = peers.sequence - peers.state->sequences;
+  return epoch * kAxisSetsMax + static_cast<uint64_t>(set);
+}
+
+// By one block of the team, with all its threads, after the last SyncTeam.
+__device__ inline void AnnouncePlan(const Peers& peers, uint64_t epoch) {
+  if (threadIdx.x != 0) return;
+  StoreReleaseGpu(&peers.state->planned, PlanNumber(peers, epoch));
+}
+
+// By a warp of a block outside of the team; false if in vain.
+__device__ inline bool AwaitPlan(const Peers& peers, uint64_t epoch) {
+  BoundedWait wait(peers, Operation::kDispatch, peers.rank, epoch,
+                   /*patience=*/2);
+  const uint64_t number = PlanNumber(peers, epoch);
+  for (;;) {
+    const bool made = LoadAcquireGpu(&peers.state->planned) == number;
+    if (__all_sync(kAllLanes, made)) return true;
+    if (__any_sync(kAllLanes, wait.Expired())) return false;
+  }
+}
+
 // Where one token's assignments go; lane k has the k-th, if rows are repeated.
 struct TokenRows {
   uint32_t unique;  // row among the unique rows, where the token is here
@@ -194,10 +218,10 @@ __device__ inline TokenRows FindRows(const MoeShape& shape, int rank,
   const uint32_t* const before = tables.before + tile * columns;
   TokenRows rows = {0, false, -1, false, 0};
   const uint32_t here = bits[shape.experts];
+  // Nothing is asked of them yet: whoever called may go on meanwhile.
   rows.here = (here & bit) != 0;
-  if (!rows.here) return rows;
   rows.unique = before[shape.experts] + __popc(here & (bit - 1));
-  if (!shape.expand) return rows;
+  if (!shape.expand || !rows.here) return rows;
   if (lane < shape.k) {
     const int id =
         tables.ids[(int64_t{source} * shape.tokens + token) * shape.k + lane];

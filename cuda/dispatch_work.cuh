@@ -31,6 +31,8 @@ struct DispatchWork {
   bool many;  // tokens: blocks have roles
   int per_item;
   bool aligned;  // rows of x and of tokens, to 16 bytes
+  // Of this rank's own rows, items that receivers place; senders those after.
+  int own_items;
 };
 
 }  // namespace jaxfabric::cuda

@@ -122,6 +122,7 @@ struct RankState {
   uint32_t pages_stamp;  // of the last put_pages
   uint32_t failed;       // an ErrorCode; every later kernel returns at once
   BlockBarrier plan_barrier;
+  uint64_t planned;  // PlanNumber of the last plan that blocks made together
   uint64_t consumed[kCountersMax];
 };
 

@@ -22,6 +22,10 @@ struct Grid {
   // Dispatch: the receiving blocks make one plan together, in global memory,
   // for many tokens; else each makes the whole plan in its shared memory.
   bool plan_together;
+  // Dispatch of scaled rows, once per rank, planned together: a sending warp
+  // places this rank's own rows too, from so many items on, when it may expect
+  // the plan. 0: receivers place all of them.
+  int items_before_plan;
 };
 
 // Operands and results of dispatch; all in device memory of this rank.

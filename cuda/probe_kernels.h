@@ -20,11 +20,12 @@ enum class Probe : int64_t {
   kBarrier = 1,  // a flag to each peer, a spin on theirs
   kPut = 2,      // `bytes` to the next rank by one block, and a notice
   kStores = 3,   // `bytes` to the next rank by many blocks
+  kPush = 4,     // the same and a copy to this rank, between two barriers
 };
 
 struct ProbeArguments {
   Probe probe;
-  // Of which the first kRanksMax + 1 lines are for the barrier's flags.
+  // Of which the first lines are for flags. kPush has place for its data twice.
   WindowPlace window;
   const char* source;
   int64_t bytes;  // a multiple of 16

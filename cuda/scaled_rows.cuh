@@ -30,14 +30,16 @@ class ScaledRows {
     return shape.scaled_segments;
   }
 
-  // All rows of this rank, to the ranks that want them. While a segment is
-  // worked on the next one is loaded, of the next row too.
+  // All rows of this rank, to the ranks that want them, and from w.own_items on
+  // to their places here too. While a segment is worked on the next one is
+  // loaded, of the next row too.
   __device__ static void Send(const DispatchWork& w, WarpShare share) {
     const MoeShape& shape = w.shape;
     Cursor at(shape, w.per_item, shape.tokens, share.index, share.count);
     if (!at.Inside()) return;
     Loaded loaded = S::Load(w, at);
     uint32_t others = OthersOf(w, IdOf(w, at));
+    TokenRows own = {};
     while (at.Inside()) {
       Cursor next = at;
       next.Advance();
@@ -47,13 +49,21 @@ class ScaledRows {
         ahead = S::Load(w, next);
         if (next.row != at.row) id = IdOf(w, next);
       }
-      if (others != 0) {
+      if (others != 0 || own.here) {
         if (S::IsFull(w.shape, at.segment)) {
           S::template Pack<true>(w, at.segment, loaded);
           SendPacked(w, at, kSegmentBytes, others);
         } else {
           S::template Pack<false>(w, at.segment, loaded);
           SendPacked(w, at, S::SegmentBytes(w.shape, at.segment), others);
+        }
+        if (own.here) ScaledOutput<kType>::Write(w, own, at.segment);
+      }
+      const bool first = at.item < w.own_items;
+      if (next.Inside() && next.item >= w.own_items) {
+        if (first && !AwaitPlan(w.peers, w.epoch)) return;
+        if (first || next.row != at.row) {
+          own = RowsOf(w, w.peers.rank, next.row);
         }
       }
       if (next.row != at.row) others = OthersOf(w, id);
@@ -68,11 +78,11 @@ class ScaledRows {
     // From the last warp on: the first ones were busy with the routes.
     const int first = share.count - 1 - share.index;
     Cursor own(w.shape, w.per_item, w.shape.tokens, first, share.count);
+    own.items = min(own.items, w.own_items);
     PlaceOwn(w, own);
     // Who had an item less goes on first.
-    const int64_t done = own.items % share.count;
-    const auto turn =
-        static_cast<int>((first + share.count - done) % share.count);
+    const int done = own.items % share.count;
+    const int turn = (first + share.count - done) % share.count;
     PlaceOthers(
         w, Cursor(w.shape, w.per_item, (w.shape.ranks - 1) * w.shape.tokens,
                   turn, share.count));

@@ -26,11 +26,13 @@ struct ScaledSegment {
     LaneRow<kType> chunks[kChunks];
   };
 
-  // Walks through the segments of the items that a warp has of some rows.
+  // Walks through the segments of the items that a warp has of some rows. Items
+  // are as long as each other, and so go on in the next row: else some warps
+  // had all the short ones. Segments are counted in 32 bits: each is a KiB.
   struct Cursor {
-    int64_t item, items;
-    int count, per_item, segments, items_of_row;
-    int row = -1, segment = 0, end = 0;
+    int item, items;
+    int count, per_item, segments, all;
+    int row = -1, segment = 0, left = 0;
 
     __device__ Cursor(const MoeShape& shape, int per_item_of, int rows,
                       int first, int count_of)
@@ -38,20 +40,25 @@ struct ScaledSegment {
           count(count_of),
           per_item(per_item_of),
           segments(shape.scaled_segments),
-          items_of_row((segments + per_item - 1) / per_item) {
-      items = int64_t{rows} * items_of_row;
+          all(rows * segments) {
+      items = (all + per_item - 1) / per_item;
       Enter();
     }
     __device__ bool Inside() const { return item < items; }
     __device__ void Enter() {
-      row = static_cast<int>(item / items_of_row);
-      segment = static_cast<int>(item - int64_t{row} * items_of_row) * per_item;
-      end = min(segment + per_item, segments);
+      const int at = item * per_item;
+      row = at / segments;
+      segment = at - row * segments;
+      left = min(per_item, all - at);
     }
     __device__ void Advance() {
-      if (++segment < end) return;
-      item += count;
-      Enter();
+      if (--left <= 0) {
+        item += count;
+        Enter();
+      } else if (++segment == segments) {
+        segment = 0;
+        ++row;
+      }
     }
   };
 

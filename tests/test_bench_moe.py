@@ -41,6 +41,7 @@ TINY = moe.Settings(
     seconds=0.01,
     iterations=6,
     decode_length=2,
+    queued=True,
 )
 
 
@@ -77,10 +78,7 @@ def test_phases_and_chains() -> None:
     assert settings.case(512, "uniform", 2).label == "decode, 512 tokens, uniform"
     assert settings.case(513, "skewed", 2).phase == "prefill"
     assert (settings.length(512), settings.length(513)) == (50, 20)
-    assert settings.short_length(512) == 0
-    less = dataclasses.replace(settings, less_short=True)
-    assert (less.short_length(512), less.short_length(513)) == (10, 4)
-    assert moe_rank.lengths_of(less, 512) == [1, 10, 50]
+    assert moe_rank.lengths_of(settings, 512) == [1, 50]
     assert moe.Settings.from_json(json.loads(json.dumps(dataclasses.asdict(TINY)))) == (
         TINY
     )
@@ -92,6 +90,10 @@ def test_a_figure_is_of_the_slowest_rank() -> None:
     times = rank_times.time_for(lambda: calls.append(1), seconds=0, most=9)
     assert len(times.seconds) == 5  # at least
     assert len(calls) == 3 + 5
+    calls.clear()
+    times = rank_times.time_queued(lambda: calls.append(1), seconds=0, most=9)
+    assert len(times.seconds) == 5
+    assert len(calls) == 3 + 1 + 5  # one before it to begin at
     times = rank_times.Times(np.arange(1, 102) / 1e3)
     assert (times.p50, times.p99) == pytest.approx((0.051, 0.1))
 

@@ -42,7 +42,7 @@ def why_not(processes: int) -> str:
 
 
 def run(program: str, processes: int, cases: str, xla_flags: str = "") -> None:
-    """Runs cases of cuda_cases.py or cuda_failures.py; 0 processes: one a GPU."""
+    """Runs cases of one of the programs beside this; 0 processes: one a GPU."""
     gpus = gpu_count()
     reason = why_not(processes or 1)
     if processes == 0 and gpus == 2:
@@ -108,6 +108,11 @@ def test_failures_in_replayed_programs(processes: int) -> None:
 @pytest.mark.parametrize("processes", [2, 0], ids=["two-processes", "process-per-gpu"])
 def test_lost_peers_in_replayed_programs(processes: int) -> None:
     run("cuda_failures.py", processes, "lost_peer", REPLAYED)
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids=["one-process", "two-processes"])
+def test_weights_travel_from_gpus_to_gpus(processes: int, tmp_path: Path) -> None:
+    run("cuda_weights.py", processes, str(tmp_path))
 
 
 def test_every_call_has_a_target_on_gpus() -> None:

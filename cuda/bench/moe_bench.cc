@@ -1,13 +1,14 @@
 // Times of the kernels under CUDA graphs, two ranks in one process, and of bare
 // probes beside them.
 //
-//   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids] [blocks]
+//   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids|push]
+//                  [blocks]
 //
 // A graph holds a barrier and then a chain of one operation between two events,
 // and is launched on all devices. A time is what the slower rank took for the
 // chain over the chain's length, in microseconds: the median and the 99th of
 // 100 of kLaunches launches. A grid is blocks / those that send / segments that
-// a warp takes.
+// a warp takes / items before the plan (see Grid).
 
 #include <cuda_runtime.h>
 
@@ -197,10 +198,10 @@ CombineBuffers CombineOf(const Operands& o, int r) {
 
 void PrintTimes(const char* what, const MoeShape& shape, Wire wire,
                 const Grid& grid, const Times& times) {
-  std::printf("%5d tokens  %-8s %-4s %-9s  %3d/%2d/%d  %8.2f %8.2f us\n",
+  std::printf("%5d tokens  %-8s %-4s %-9s  %3d/%2d/%d/%d  %8.2f %8.2f us\n",
               shape.tokens, what, shape.expand ? "each" : "once", NameOf(wire),
-              grid.blocks, grid.send_blocks, grid.segments_per_item, times.p50,
-              times.p99);
+              grid.blocks, grid.send_blocks, grid.segments_per_item,
+              grid.items_before_plan, times.p50, times.p99);
   std::fflush(stdout);
 }
 
@@ -255,10 +256,13 @@ void TimeGrids(Cluster& cluster, int tokens, int blocks) {
       const Grid chosen = DispatchGrid(shape, blocks);
       for (const int sixteenths : {2, 3, 4, 5, 6, 7}) {
         for (const int per_item : {1, 2, 4}) {
-          TimeDispatch(cluster, o, shape, wire,
-                       {blocks, blocks * sixteenths / 16, per_item,
-                        chosen.plan_together},
-                       kLaunchesOfMany);
+          for (const int before_plan : {0, 1, 2, 3, 4, 6, 8}) {
+            if (before_plan > 0 && chosen.items_before_plan == 0) break;
+            TimeDispatch(cluster, o, shape, wire,
+                         {blocks, blocks * sixteenths / 16, per_item,
+                          chosen.plan_together, before_plan},
+                         kLaunchesOfMany);
+          }
         }
       }
     }
@@ -268,7 +272,7 @@ void TimeGrids(Cluster& cluster, int tokens, int blocks) {
     for (const int sixteenths : {4, 6, 7, 8, 9}) {
       for (const int per_item : {1, 2, 3}) {
         TimeCombine(cluster, o, shape,
-                    {blocks, blocks * sixteenths / 16, per_item, false},
+                    {blocks, blocks * sixteenths / 16, per_item, false, 0},
                     kLaunchesOfMany);
       }
     }
@@ -342,6 +346,40 @@ void TimePrimitives(Cluster& cluster) {
   }
 }
 
+// Rows stored straight where they belong, beside ours, in turns.
+void TimePush(int blocks) {
+  constexpr int kTurns = 3, kTokensMost = 16384;
+  constexpr int64_t kBytes = kTokensMost * kRowBytes;
+  Cluster cluster(kRanks, 2, 2 * kBytes + kProbeData,
+                  MessageBytes(ShapeOf(kTokensMost, false)));
+  std::vector<DeviceBuffer> source;
+  for (int r = 0; r < kRanks; ++r) source.emplace_back(r, kBytes);
+  for (const int tokens : {128, 512, 1024, 4096, kTokensMost}) {
+    const Operands o = MakeOperands(cluster, ShapeOf(tokens, false));
+    for (int turn = 0; turn < kTurns; ++turn) {
+      for (const Wire wire : {Wire::kBf16, Wire::kKept}) {
+        const MoeShape shape = ShapeOf(tokens, false, wire);
+        const int64_t row =
+            shape.row_bytes + (shape.keep ? shape.scale_blocks * 4 : 0);
+        TimeDispatch(cluster, o, shape, wire, DispatchGrid(shape, blocks),
+                     kLaunchesOfMany);
+        const Times push = TimeInGraph(
+            cluster, ChainLength(shape),
+            [&](int r) {
+              return LaunchProbe(cluster.peers(r),
+                                 {Probe::kPush,
+                                  {kWindowsBegin, 2 * kBytes + kProbeData, 0},
+                                  source[r].as<char>(),
+                                  tokens * row},
+                                 blocks, cluster.stream(r));
+            },
+            kLaunchesOfMany);
+        PrintTimes("push", shape, wire, {blocks, blocks, 0, false, 0}, push);
+      }
+    }
+  }
+}
+
 void TimeBoth() {
   Cluster cluster(kRanks, 2, uint64_t{64} << 20, 1 << 20);
   TimeProbes(cluster);
@@ -359,6 +397,7 @@ void Main(const std::string& what, int blocks) {
   if (what == "long" || all) lengths.push_back(16384);
   if (what == "128" || what == "4096") lengths = {std::stoi(what)};
   if (what == "grids") lengths = {128, 4096};
+  if (what == "push") return TimePush(blocks);
   if (lengths.empty()) return;
   Cluster cluster(kRanks, 2, 1 << 20,
                   MessageBytes(ShapeOf(lengths.back(), true)));

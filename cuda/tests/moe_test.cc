@@ -11,6 +11,7 @@
 #include "tests/cluster.h"
 #include "tests/cpp/moe_oracle.h"
 #include "tests/cpp/moe_row_values.h"
+#include "tests/rank_buffers.h"
 #include "tests/scaled_world.h"
 
 namespace jaxfabric::cuda {
@@ -31,6 +32,7 @@ struct Case {
   World world;
   RowType type;
   bool roles, together;
+  bool late;  // senders place their own rows
   bool weighted, with_scalars;
   bool halves;
   bool scaled, keep;  // see MoeShape
@@ -82,46 +84,11 @@ MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars,
   return shape;
 }
 
-// All buffers of one rank.
-struct RankBuffers {
-  DeviceBuffer x, ids, weights;
-  DeviceBuffer tokens, scales, group_sizes, row_weights, row_index, recv_count,
-      slot_row, sent, dropped;
-
-  RankBuffers(int device, const World& world, int rank)
-      : x(Upload(device, world.x[rank])),
-        ids(Upload(device, world.ids[rank])),
-        weights(Upload(device, world.weights[rank])),
-        tokens(device, world.layout.output_rows() * world.layout.row_bytes),
-        scales(device, world.layout.output_rows() * world.layout.row_bytes * 4),
-        group_sizes(device, world.layout.experts_local() * 4),
-        row_weights(device, world.layout.rows() * 4),
-        row_index(device, world.layout.rows() * 4),
-        recv_count(device, world.layout.num_ranks * 4),
-        slot_row(device,
-                 world.layout.unique_rows_max() * world.layout.slots() * 4),
-        sent(device, world.layout.num_ranks * 4),
-        dropped(device, 4) {}
-
-  DispatchBuffers Dispatch(const Layout& layout) const {
-    return {x.as<char>(),
-            ids.as<int32_t>(),
-            weights.as<float>(),
-            tokens.as<char>(),
-            scales.as<float>(),
-            group_sizes.as<int32_t>(),
-            row_weights.as<float>(),
-            layout.expand ? nullptr : row_index.as<int32_t>(),
-            recv_count.as<int32_t>(),
-            slot_row.as<int32_t>(),
-            sent.as<int32_t>(),
-            dropped.as<int32_t>()};
-  }
-};
-
 Grid GridFor(Cluster& cluster, int rank, const Case& c) {
   const int blocks = cluster.blocks_max(rank);
-  return {blocks, c.roles ? std::max(1, blocks / 4) : 0, 1 + rank, c.together};
+  const int senders = c.late ? 1 : std::max(1, blocks / 4);
+  return {blocks, c.roles ? senders : 0, 1 + rank, c.together,
+          c.late ? 1 + rank : 0};
 }
 
 void CheckRows(const Layout& layout, Bytes got, const Bytes& want) {
@@ -288,6 +255,7 @@ class MoeTest : public ::testing::TestWithParam<int> {
     if (c.scaled) FillNumbers(random, c.type, c.world);
     c.roles = large || Uniform(random, 0, 1) == 0;
     c.together = large || Uniform(random, 0, 1) == 0;
+    c.late = false;
     c.weighted = Uniform(random, 0, 1) == 0;
     c.with_scalars = Uniform(random, 0, 1) == 0;
     c.halves = Uniform(random, 0, 1) == 0;
@@ -395,6 +363,19 @@ class MoeTest : public ::testing::TestWithParam<int> {
   std::unique_ptr<Cluster> cluster_;
   std::vector<std::vector<DeviceBuffer>> pending_;  // two of each rank
 };
+
+TEST_P(MoeTest, SendersPlaceTheirOwnRows) {
+  for (uint64_t seed = 1; seed <= 12 && !HasFailure(); ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    Random random = moe::Seeded(1000 + seed);
+    Case c = RandomCase(random, /*large=*/seed % 3 == 0);
+    c.world.layout.expand = false;
+    if (!c.scaled) FillNumbers(random, c.type, c.world);
+    c.scaled = c.roles = c.together = c.late = true;
+    c.halves = false;
+    Run(c, random);
+  }
+}
 
 TEST_P(MoeTest, EqualsTheOracle) {
   for (uint64_t seed = 1; seed <= 60 && !HasFailure(); ++seed) {

@@ -40,8 +40,8 @@ class Settings:
       seconds: for each figure; `iterations` at most.
       decode_length: calls in the chain that is one iteration, up to 512 tokens.
       prefill_length: the same above.
-      less_short: subtract the median of chains of a fifth of the calls, and so what a
-        program costs by itself.
+      queued: programs follow each other without the host in between, as the steps of
+        a model do, so that what launching them costs the host does not show.
       transport: of jf.Fabric; ``None`` is its own choice.
     """
 
@@ -56,16 +56,12 @@ class Settings:
     iterations: int = 200
     decode_length: int = 50
     prefill_length: int = 20
-    less_short: bool = False
+    queued: bool = False
     transport: str | None = None
 
     def length(self, tokens: int) -> int:
         """Calls in one iteration."""
         return self.decode_length if tokens <= DECODE_MOST else self.prefill_length
-
-    def short_length(self, tokens: int) -> int:
-        """Calls in the chain that is subtracted; 0: none is."""
-        return max(1, self.length(tokens) // 5) if self.less_short else 0
 
     def case(self, tokens: int, routing: str, ranks: int) -> Case:
         """One step."""

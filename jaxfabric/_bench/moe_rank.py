@@ -35,8 +35,6 @@ from jaxfabric._bench.moe_programs import SUBJECTS, Subject
 # Of the largest magnitude: sums are rounded to bfloat16 twice, e4m3 rows once more.
 _ERROR_MOST = {"bf16": 0.03, "e4m3": 0.08}
 _MEMCPY_SECONDS = 0.3
-# Of the short chains only the median counts.
-_SHORT_ITERATIONS = 30
 
 
 def say(text: str) -> None:
@@ -99,14 +97,18 @@ def check(
         if subject.name != "lax.ragged_all_to_all":
             return ""
         want = moe_operands.exchanged_rows(case, mesh)
-    error = moe_operands.largest_error(once(inputs[0] + 0, *inputs[1:]), want)
+    got, _ = once(inputs[0] + 0, *inputs[1:])
+    error = moe_operands.largest_error(got, want)
     if error <= _ERROR_MOST[subject.wire]:
         return ""
     return f"its results are wrong by {error:.3g}"
 
 
 class Carried:
-    """A program as a call without arguments: the carry goes from one to the next."""
+    """A program as a call without arguments: the carry goes from one to the next.
+
+    A call returns the mark, which tells that the program has run.
+    """
 
     def __init__(
         self, program: Any, operands: tuple[str, ...], given: dict[str, Any]
@@ -116,8 +118,8 @@ class Carried:
         self._rest = [given[name] for name in operands[1:]]
 
     def __call__(self) -> Any:
-        self._carry = self._program(self._carry, *self._rest)
-        return self._carry
+        self._carry, mark = self._program(self._carry, *self._rest)
+        return mark
 
 
 def time_calls(
@@ -128,19 +130,14 @@ def time_calls(
     tokens: int,
 ) -> rank_times.Times:
     """Seconds of one call in each iteration; programs by length. Collective."""
-    length, short = settings.length(tokens), settings.short_length(tokens)
-    most = settings.iterations
-    times = rank_times.time_for(
-        Carried(programs[length], operands, given), seconds=settings.seconds, most=most
-    )
-    if short == 0:
-        return rank_times.Times(times.seconds / length)
-    alone = rank_times.time_for(
-        Carried(programs[short], operands, given),
+    length = settings.length(tokens)
+    time = rank_times.time_queued if settings.queued else rank_times.time_for
+    times = time(
+        Carried(programs[length], operands, given),
         seconds=settings.seconds,
-        most=min(most, _SHORT_ITERATIONS),
+        most=settings.iterations,
     )
-    return rank_times.Times((times.seconds - alone.p50) / (length - short))
+    return rank_times.Times(times.seconds / length)
 
 
 def measure(
@@ -174,8 +171,7 @@ def refusal(subject: Subject, on_cpu: bool) -> str:
 
 def lengths_of(settings: Settings, tokens: int) -> list[int]:
     """Calls in the chains of a size: one, to check it, and those that are timed."""
-    found = {1, settings.length(tokens), settings.short_length(tokens)}
-    return sorted(found - {0})
+    return sorted({1, settings.length(tokens)})
 
 
 def rows_of_tokens(

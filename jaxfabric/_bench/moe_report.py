@@ -18,10 +18,10 @@ _COLUMNS = 120
 
 NOTES = """\
 Microseconds of one call in a jitted chain with donated buffers, of the slowest rank
-in each iteration (a chain); p99 of 100 iterations or more. On GPUs the median of a
-shorter chain is subtracted, and so what a program costs by itself. Of floor: over the
-time that the bytes of the rows alone take. "dispatch" and "pair" (dispatch and combine)
-group rows by expert, and repeat them unless expand=False; zero_tail=False unless said.
+in each iteration (a chain); p99 of 100 iterations or more. On GPUs chains are queued
+behind each other, as the steps of a model are. Of floor: over the time that the bytes
+of the rows alone take. "dispatch" and "pair" (dispatch and combine) group rows by
+expert, and repeat them unless expand=False; zero_tail=False unless said.
 "combine" sums the rows of a rank's experts; with expand=False the program has done so.
 "exchange" moves rows one way and does nothing else: lax.all_to_all as many as there
 are tokens from each rank to each, lax.ragged_all_to_all those that are routed. "by
