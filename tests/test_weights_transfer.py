@@ -385,7 +385,7 @@ def test_buckets_of_an_older_version_are_left_out() -> None:
             else:
                 on_bucket(of, slot)
 
-        receiver._on_bucket = hold_the_last  # type: ignore[method-assign]
+        receiver._on_bucket = hold_the_last  # type: ignore[method-assign, assignment]
         receiver.connect(both.addresses())
         until(lambda: len(late) == 2)  # its ring is full of version 1
         push = sender.push({"w": np.full((64, 1 << 13), 2, np.float32)}, 2)
