@@ -92,7 +92,7 @@ class TransferBase:
     def _future(
         self, native: Any, value: Callable[[Any], Any] | None = None
     ) -> TransferFuture:
-        return TransferFuture(native, self._cancel, value)
+        return TransferFuture(native, self, value)
 
     def _cancel(self, native: Any) -> bool:
         if self.closed:

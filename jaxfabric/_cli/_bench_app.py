@@ -303,9 +303,9 @@ def moe(
         skew=skew,
         seconds=seconds,
         iterations=iterations,
-        decode_length=decode_chain or (20 if on_cpu else 60),
-        prefill_length=prefill_chain or (4 if on_cpu else 8),
-        less_short=not on_cpu,
+        decode_length=decode_chain or (20 if on_cpu else 100),
+        prefill_length=prefill_chain or (4 if on_cpu else 20),
+        queued=not on_cpu,
         transport=transport,
     )
     if quick:

@@ -245,6 +245,20 @@ TEST_F(DomainGroupTest, FaultErrorCallbackWhileOtherWritesStillRun) {
   EXPECT_LT(Units(1), kTransferUnits) << "a failed transfer was counted";
 }
 
+TEST_F(DomainGroupTest, WhatAPollCallsMayNotPoll) {
+  Open(1, {.seed = 3, .delay_max_ns = 1'000'000, .write_bytes_max = 100});
+  from->group->set_on_spoilt([this](uint32_t, uint32_t) { from->Poll(); });
+  std::vector<Piece> pieces(20, Piece{0, 0, 100});
+  pieces[1].remote_offset = kBytes;
+  ASSERT_TRUE(from->group
+                  ->SubmitWrite(1, from->local, to->remote, pieces, 1,
+                                [](const Status&) {})
+                  .ok());
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  EXPECT_DEATH(PollUntil({from.get(), to.get()}, [] { return false; }),
+               "polling_");
+}
+
 TEST_F(DomainGroupTest, AFullQueueToOnePeerBlocksNoOther) {
   const FakeOptions options = {.queue_depth = 4};
   Open(1, options);

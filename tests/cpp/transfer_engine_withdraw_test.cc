@@ -203,6 +203,14 @@ TEST_F(TransferWithdrawTest, AFenceCoversThoseThatWereLostBeforeIt) {
   EXPECT_THAT(refused.status().message(), HasSubstr("nothing can stop"));
 }
 
+TEST_F(TransferWithdrawTest, AClosedEngineRefusesFencesForBeingClosed) {
+  auto node = Open();  // its transport has no fences
+  node->engine->BeginClose();
+  const auto refused = node->engine->SubmitFence();
+  EXPECT_EQ(refused.status().code(), StatusCode::kFailedPrecondition);
+  EXPECT_THAT(refused.status().message(), HasSubstr("closed"));
+}
+
 TEST_F(TransferWithdrawTest, WhoTookLeaveHoldsNoRegion) {
   Emulation software;
   auto a = Open();

@@ -5,6 +5,8 @@
 #include <string_view>
 #include <utility>
 
+#include "base/check.h"
+
 namespace jaxfabric {
 namespace {
 
@@ -265,6 +267,22 @@ bool DomainGroup::Idle() const {
                      [](const auto& peer) { return peer->messages.empty(); });
 }
 
+int64_t DomainGroup::PollWithinNs() const {
+  // What waits may wait for credit, and that comes without a completion.
+  const bool waits =
+      open_messages_ > 0 ||
+      std::any_of(turn_.begin(), turn_.end(), [](const auto& peer) {
+        return !peer->messages.empty() || !peer->again.empty() ||
+               !peer->small.empty() || !peer->large.empty();
+      });
+  if (fences_ || waits) return Domain::kPollWithinNs;
+  int64_t within_ns = domains_[0]->PollWithinNs();
+  for (const auto& domain : domains_) {
+    within_ns = std::min(within_ns, domain->PollWithinNs());
+  }
+  return within_ns;
+}
+
 void DomainGroup::RunEnded() {
   while (!ended_.empty()) {
     auto [done, status] = std::move(ended_.front());
@@ -314,7 +332,7 @@ void DomainGroup::HandleWriteEnd(OpenPost& post, Link& link,
 
 void DomainGroup::HandleMessageEnd(OpenPost& post, const Status& status) {
   Link& link = post.peer->links[post.link];
-  GroupMessage& message = post.message;
+  GroupMessage& message = *post.message;
   if (!status.ok() && !post.peer->over && post.peer->fences &&
       !IsOfThePost(status)) {
     post.peer->messages.push_front(std::move(message));
@@ -425,6 +443,7 @@ void DomainGroup::HandleArrival(size_t domain, Completion& completion) {
 
 bool DomainGroup::PollDomain(size_t domain) {
   using Kind = Completion::Kind;
+  JF_CHECK(!std::exchange(polling_, true));  // nothing in here may call Poll
   const size_t count = domains_[domain]->Poll(completions_);
   if (count > 0) now_ns_ = clock_ns_();
   for (size_t i = 0; i < count; ++i) {
@@ -436,6 +455,7 @@ bool DomainGroup::PollDomain(size_t domain) {
       HandleArrival(domain, completion);
     }
   }
+  polling_ = false;
   polled_ |= count > 0;
   return count == completions_.size();
 }

@@ -123,7 +123,8 @@ class DomainGroup {
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
                            uint64_t length);
 
-  bool Idle() const;  // no control message waits or is on its way
+  bool Idle() const;             // no control message waits or is on its way
+  int64_t PollWithinNs() const;  // see Domain
 
   std::vector<DomainStats> stats() const;  // by Domain
 
@@ -168,8 +169,7 @@ class DomainGroup {
   bool PumpMessages(const GroupPeerPtr& peer);
   bool HasRoom(const Link& link, uint64_t bytes) const;
   void Share(GroupPeer& peer, bool joins);
-  // After a change of link.open_writes.
-  void CountBorrowed(Link& link);
+  void CountBorrowed(Link& link);  // after its open_writes have changed
   Link* ChooseLink(GroupPeer& peer, uint64_t bytes);
   Link* ChooseLinkForMessage(GroupPeer& peer, const Link* avoid);
   void PostFrame(const GroupPeerPtr& peer, Link& link, const LinkFrame& frame);
@@ -229,8 +229,9 @@ class DomainGroup {
   std::vector<GroupPeerPtr> turn_;  // in the order in which they take turns
   size_t turn_next_ = 0;
   uint64_t round_ = 0;
-  bool fences_ = false;  // some peer has links that are fenced
-  bool polled_ = false;  // Poll found something
+  bool fences_ = false;   // some peer has links that are fenced
+  bool polled_ = false;   // Poll found something
+  bool polling_ = false;  // completions_ is in use
   std::unordered_map<TransferHandle, std::shared_ptr<Transfer>> transfers_;
   TransferHandle next_handle_ = 1;
   std::unordered_map<uint64_t, OpenPost> open_;  // by cookie

@@ -279,10 +279,11 @@ bool DomainGroup::PumpMessages(const GroupPeerPtr& peer) {
       continue;
     }
     if (!peer->fences) message.bytes.clear();  // is not sent again
-    open_[next_cookie_++] = {.kind = OpenPost::Kind::kMessage,
-                             .peer = peer,
-                             .link = link->number,
-                             .message = std::move(message)};
+    open_[next_cookie_++] = {
+        .kind = OpenPost::Kind::kMessage,
+        .peer = peer,
+        .link = link->number,
+        .message = std::make_unique<GroupMessage>(std::move(message))};
     ++open_messages_;
     NoteMessage(*link);
   }

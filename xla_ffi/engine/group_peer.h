@@ -89,8 +89,8 @@ struct OpenPost {
   GroupPeerPtr peer;
   uint8_t link = 0;
   UncertainWrite write;
-  GroupMessage message;
-  uint64_t span = 0;  // of a write, in the trace
+  std::unique_ptr<GroupMessage> message;  // of kMessage
+  uint64_t span = 0;                      // of a write, in the trace
 };
 
 }  // namespace jaxfabric

@@ -441,6 +441,7 @@ void TransferEngine::LosePeerLocked(uint32_t name, const Status& why) {
   } else {
     group_->RemovePeer(name);
   }
+  // Its goodbye may have overtaken writes, where a network keeps no order.
   if (gone->connected) ++ending_.lost.losses;
   // What it had under way here ends first where it said goodbye; or where it
   // has come back: then it says so itself.

@@ -114,7 +114,7 @@ void TransferEngine::HandleWithdrawnLocked(uint32_t peer, uint64_t number) {
 
 TransferEngine::Submitted TransferEngine::SubmitFence(MaybeDeadline deadline) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!caps_.removal_fences) {
+  if (!caps_.removal_fences && !closing_) {
     return Status(StatusCode::kUnimplemented,
                   "fence: over " + std::string(caps_.transport) +
                       " nothing can stop what a lost peer has under way (over "
@@ -149,6 +149,7 @@ void TransferEngine::FenceLostLocked() {
 }
 
 void TransferEngine::RemoveUnusedLocked() {
+  if (!ending_.any()) return;
   FenceLostLocked();
   for (const RegionId region : std::exchange(ending_.unused, {})) {
     const auto waits = ending_.regions.find(region);
