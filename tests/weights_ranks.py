@@ -18,7 +18,9 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from test_weights_plan import leaf, tree
@@ -241,6 +243,9 @@ class Rank:
         self._asked = ""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
+        # It has to import the installed package, not what lies in this folder.
+        with mock.patch.dict(os.environ, PYTHONSAFEPATH="1"):
+            forkserver.ensure_running()
         self._pipe, theirs = context.Pipe()
         self._phase = context.RawValue("i", 0)
         self._process = context.Process(
