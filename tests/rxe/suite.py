@@ -50,11 +50,7 @@ class Run:
 # One lane after the other would keep only one of two processors busy.
 LANES = (
     (
-        Run(
-            ("--rails", "4"),
-            ("test_devices.py", "test_idle.py", "test_verbs.py"),
-            300,
-        ),
+        Run(("--rails", "4"), ("test_devices.py", "test_verbs.py"), 300),
         Run(("--accelerator", "icount"), ("test_rate.py",), 240),
     ),
     (

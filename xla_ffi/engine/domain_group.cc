@@ -267,22 +267,6 @@ bool DomainGroup::Idle() const {
                      [](const auto& peer) { return peer->messages.empty(); });
 }
 
-int64_t DomainGroup::PollWithinNs() const {
-  // What waits may wait for credit, and that comes without a completion.
-  const bool waits =
-      open_messages_ > 0 ||
-      std::any_of(turn_.begin(), turn_.end(), [](const auto& peer) {
-        return !peer->messages.empty() || !peer->again.empty() ||
-               !peer->small.empty() || !peer->large.empty();
-      });
-  if (fences_ || waits) return Domain::kPollWithinNs;
-  int64_t within_ns = domains_[0]->PollWithinNs();
-  for (const auto& domain : domains_) {
-    within_ns = std::min(within_ns, domain->PollWithinNs());
-  }
-  return within_ns;
-}
-
 void DomainGroup::RunEnded() {
   while (!ended_.empty()) {
     auto [done, status] = std::move(ended_.front());

@@ -123,8 +123,7 @@ class DomainGroup {
   std::byte* DirectPointer(uint32_t peer, const MrDesc& remote, uint64_t offset,
                            uint64_t length);
 
-  bool Idle() const;             // no control message waits or is on its way
-  int64_t PollWithinNs() const;  // see Domain
+  bool Idle() const;  // no control message waits or is on its way
 
   std::vector<DomainStats> stats() const;  // by Domain
 

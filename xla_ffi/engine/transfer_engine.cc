@@ -15,11 +15,8 @@
 namespace jaxfabric {
 namespace {
 
-// The worker looks at deadlines and peers at least this often, but for times
-// in which nothing can become due.
+// The worker looks at deadlines and peers at least this often.
 constexpr int64_t kSleepMaxNs = 50'000'000;
-// Among more operations it is not looked for what is due first.
-constexpr size_t kQuietOperationsMax = 16;
 // So often a device that cannot ring is looked at while nothing is under way
 // here: peers may write, or wait for answers.
 constexpr int64_t kIdlePollNs = 1'000'000;
@@ -33,12 +30,6 @@ constexpr int64_t kBusyNs = 50'000;
 constexpr int64_t kTakeBackNs = 2'000'000'000;
 // So long, peers may take to accept a farewell.
 constexpr double kFarewellS = 0.5;
-
-// What ends with its posts, or by what arrives: both wake the worker. Others
-// may have to be said again.
-bool EndsByItself(SubmissionKind kind) {
-  return kind == SubmissionKind::kWrites || kind == SubmissionKind::kExpect;
-}
 
 Status ClosedStatus() {
   return Status(StatusCode::kFailedPrecondition,
@@ -126,7 +117,6 @@ TransferEngine::~TransferEngine() {
     lock.unlock();
     const Deadline farewell = Deadline::AfterSeconds(kFarewellS);
     Doorbell& doorbell = transport_->doorbell();
-    doorbell.Ring();  // the worker may sleep for long
     for (;;) {
       lock.lock();
       const bool idle = group_->Idle() && live_.empty();
@@ -186,11 +176,6 @@ StatusOr<SubmissionPtr> TransferEngine::BeginLocked(SubmissionKind kind,
   });
   live_[submission->future->number()] = submission;
   ++stats_.operations;
-  if (submission->deadline.nanoseconds() < worker_sleeps_until_ns_ ||
-      (worker_sleeps_until_ns_ != 0 && !EndsByItself(kind))) {
-    worker_sleeps_until_ns_ = 0;
-    transport_->doorbell().Ring();
-  }
   return submission;
 }
 
@@ -393,40 +378,9 @@ void TransferEngine::Help(const TransferFuture& future, Deadline deadline) {
   }
 }
 
-// For so long nothing that the worker looks after can become due; 0 if that
-// takes more than a glance to see.
-int64_t TransferEngine::QuietNsLocked(int64_t now_ns) const {
-  if (closing_ || ending_.any() || !ending_.regions.empty() ||
-      live_.size() > kQuietOperationsMax) {
-    return 0;
-  }
-  // A peer that is well must have the time to say so.
-  const double margin_s =
-      std::min({1.0, options_.heartbeat_s,
-                options_.peer_timeout_s - options_.heartbeat_s});
-  int64_t quiet_ns = std::min(group_->PollWithinNs(),
-                              static_cast<int64_t>(margin_s / 4 * 1e9));
-  for (const auto& [name, peer] : peers_) {
-    if (!peer->connected || peer->farewell) return 0;
-  }
-  for (const auto& [number, submission] : live_) {
-    if (submission->stopped_ns || !EndsByItself(submission->kind)) return 0;
-    quiet_ns = std::min(quiet_ns, submission->deadline.nanoseconds() - now_ns);
-  }
-  return quiet_ns;
-}
-
 int64_t TransferEngine::SleepNs() {
   const int64_t poll_ns = transport_->poll_interval_ns();
-  if (poll_ns == 0) {
-    // Who has it may be about to begin something.
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return kSleepMaxNs;
-    const int64_t now_ns = MonotonicNanoseconds();
-    const int64_t sleep_ns = std::max(kSleepMaxNs, QuietNsLocked(now_ns));
-    worker_sleeps_until_ns_ = sleep_ns > kSleepMaxNs ? now_ns + sleep_ns : 0;
-    return sleep_ns;
-  }
+  if (poll_ns == 0) return kSleepMaxNs;
   std::lock_guard<std::mutex> lock(mutex_);
   return live_.empty() && group_->Idle() ? kIdlePollNs : poll_ns;
 }
@@ -461,10 +415,7 @@ void TransferEngine::Work() {
     } else if (now_ns - last_moved_ns < options_.spin_ns) {
       CpuRelax();
     } else {
-      // Where somebody else was at it, all that rang may have been for him.
-      const int64_t sleep_ns =
-          moved ? SleepNs() : std::min(SleepNs(), kSleepMaxNs);
-      doorbell.Wait(looked, Deadline::AfterNanoseconds(sleep_ns));
+      doorbell.Wait(looked, Deadline::AfterNanoseconds(SleepNs()));
     }
   }
 }

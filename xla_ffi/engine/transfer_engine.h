@@ -83,8 +83,10 @@ class TransferEngine {
   // Done once nobody uses the region, here or at a peer; none may begin to. If
   // that takes too long it stays, but peers who were asked leave it alone.
   Submitted UnregisterMemory(RegionId region, MaybeDeadline deadline = {});
-  StatusOr<RegionAddress> Describe(RegionId region);      // for those who write
-  std::shared_ptr<SharedMemory> Memory(RegionId region);  // null: not ours
+  // What peers need to write into it.
+  StatusOr<RegionAddress> Describe(RegionId region);
+  // Null for memory that was not allocated here.
+  std::shared_ptr<SharedMemory> Memory(RegionId region);
 
   // --- Messages: whole, and in the order in which the peer sent them. ---
   Submitted SubmitSend(uint32_t peer, const std::string& message,
@@ -143,7 +145,6 @@ class TransferEngine {
   // Whether anything happened; nothing if another thread is at it.
   std::optional<bool> ProgressUnlessBusy();
   int64_t SleepNs();
-  int64_t QuietNsLocked(int64_t now_ns) const;
   // And, for who waits. Functions named ...Locked need mutex_.
   bool Progress();
   bool ProgressLocked();
@@ -240,7 +241,6 @@ class TransferEngine {
   WatcherWords watcher_words_;
   TransferEngineStats stats_;
   int64_t last_housekeeping_ns_ = 0;  // the worker's
-  int64_t worker_sleeps_until_ns_ = 0;
   std::atomic<bool> stop_{false};
   std::thread worker_;
 };

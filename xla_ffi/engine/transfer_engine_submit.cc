@@ -228,11 +228,6 @@ void TransferEngine::PostLocked(const SubmissionPtr& submission, size_t part,
       });
   if (posted.ok()) {
     submission->parts[part].handle = *posted;
-    if (worker_sleeps_until_ns_ != 0 &&
-        group_->PollWithinNs() <= Domain::kPollWithinNs) {
-      worker_sleeps_until_ns_ = 0;  // it waits for what does not ring
-      transport_->doorbell().Ring();
-    }
   } else {
     EndPartLocked(submission, part, posted.status());
   }

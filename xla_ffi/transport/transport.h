@@ -205,11 +205,6 @@ class Domain {
   // there is visible to the peer once an immediate posted later has arrived.
   virtual std::byte* DirectPointer(PeerId peer, RemoteSpan remote,
                                    uint64_t length) = 0;
-
-  // For so long nobody need call Poll while nothing happens: it is there that a
-  // Domain shows that it lives, and says again what may have been lost.
-  virtual int64_t PollWithinNs() const { return kPollWithinNs; }
-  static constexpr int64_t kPollWithinNs = 50'000'000;
 };
 
 // Opens Domains of one kind for one engine; they must be gone before it goes.

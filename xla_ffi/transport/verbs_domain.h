@@ -102,7 +102,6 @@ class VerbsDomain final : public Domain {
   std::byte* DirectPointer(PeerId, RemoteSpan, uint64_t) override {
     return nullptr;
   }
-  int64_t PollWithinNs() const override;
 
  private:
   struct Memory {

@@ -294,16 +294,6 @@ void VerbsDomain::TendPeer(VerbsPeer& peer, int64_t now_ns) {
   Greet(peer, VerbsGreetingKind::kHello, 0);
 }
 
-int64_t VerbsDomain::PollWithinNs() const {
-  if (!busy_.empty()) return kPollWithinNs;  // credit comes without completion
-  const bool joined =
-      std::all_of(peers_.begin(), peers_.end(), [](const auto& item) {
-        const VerbsPeer& peer = *item.second;
-        return peer.connection == nullptr || peer.ready();
-      });
-  return joined ? kWordPeriodNs : kPollWithinNs;
-}
-
 void VerbsDomain::SayBye() {
   const Deadline deadline = Deadline::AfterSeconds(kByeSeconds);
   const auto poll_until = [&](const auto& met) {
