@@ -122,15 +122,3 @@ class TransferFuture:
     def __repr__(self) -> str:
         state = "done" if self.done() else "under way"
         return f"TransferFuture({self._native.label}, {state})"
-
-
-_new = object.__new__
-
-
-def future_of_write(native: Any, engine: Engine) -> TransferFuture:
-    """``TransferFuture(native, engine)`` in half the time: small writes are many."""
-    future = _new(TransferFuture)
-    future._native = native
-    future._engine = engine
-    future._value = None
-    return future

@@ -10,7 +10,7 @@ from jaxfabric import _ffi
 from jaxfabric._errors import FabricError, from_native
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_base import TransferBase, native_errors
-from jaxfabric._transfer_future import TransferFuture, future_of_write
+from jaxfabric._transfer_future import TransferFuture
 from jaxfabric._transfer_memory import Region, address_of, as_array, page_indices
 
 IDS_MAX = 1 << 27
@@ -153,7 +153,7 @@ class Writes(TransferBase):
             )
         except _ffi.native().StatusError as error:
             raise from_native(error) from None
-        return future_of_write(native, self)
+        return TransferFuture(native, self)
 
     def submit_paged_writes(
         self,

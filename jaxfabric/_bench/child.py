@@ -123,11 +123,10 @@ def time_in_flight(end: Initiator, case: Case, effort: Effort) -> tuple[int, flo
     """How many operations, `case.window` in flight, took how many seconds."""
     flying: collections.deque[Any] = collections.deque()
     start, finish, window = end.begin, end.finish, case.window
-    least, most, now = effort.least, effort.most, time.perf_counter
     begun = 0
-    begin = now()
+    begin = time.perf_counter()
     until = begin + effort.seconds
-    while begun < least or (begun < most and now() < until):
+    while begun < effort.least or (begun < effort.most and time.perf_counter() < until):
         if len(flying) == window:
             finish(flying.popleft())
         flying.append(start(begun % window))
