@@ -30,7 +30,14 @@ KILL_AFTER_S = 15  # from SIGTERM to SIGKILL when a stage's time is over
 # Of a failed stage, shown again at the end.
 TAIL_LINES = 15
 TAIL_COLUMNS = 200
-REASON_COLUMNS = 160
+REASON_COLUMNS = 300
+
+# Lines of pytest, GoogleTest and ctest that name a failed test.
+FAILED_TEST = re.compile(
+    r"(?:FAILED|ERROR) (\S+::\S+)"
+    r"|\[  FAILED  \] ([^\s,]+\.[^\s,]+)"
+    r"|\s*\d+ - (\S+) \((?:Failed|Timeout|SEGFAULT|.*Exception.*)\)"
+)
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,17 @@ def run_stage(stage: Stage, left_s: float = math.inf) -> Result:
             "its cap of" if limit_s == stage.cap_s else "the run's time, which left it"
         )
         reason = f"over {over} {limit_s} s"
+    if names := failed_tests(lines):
+        reason += f": {', '.join(names)}"
     said = [line for line in lines if not line.startswith("SKIPPED ")]
     tail = tuple(line[:TAIL_COLUMNS] for line in said[-TAIL_LINES:])
     return Result(stage, "failed", seconds, reason, skips, tail)
+
+
+def failed_tests(lines: list[str]) -> list[str]:
+    """Returns the names of the tests that a stage's output calls failed, each once."""
+    found = (FAILED_TEST.match(line) for line in lines)
+    return list(dict.fromkeys(match[match.lastindex or 0] for match in found if match))
 
 
 def report(results: list[Result]) -> str:

@@ -173,6 +173,30 @@ def test_a_failed_stages_last_lines_are_shown_again_before_the_table(
     assert re.search(r"^bad .* failed: exit code 3$", table, re.MULTILINE)
 
 
+def test_failed_tests_are_named_in_the_table_and_the_closing_line(
+    ci: ModuleType,
+) -> None:
+    script = """
+echo 'FAILED tests/test_x.py::test_one[ofi/tcp] - AssertionError: no'
+echo 'ERROR tests/test_y.py::test_two'
+echo '[  FAILED  ] SuiteTest.Three (35 ms)'
+echo '[  FAILED  ] SuiteTest.Three'
+echo '[  FAILED  ] Ranks/SuiteTest.Five/2, where GetParam() = 4 (3 ms)'
+echo '          4 - ofi_fence_test (Failed)'
+echo '[  FAILED  ] 1 test, listed below:'
+exit 1
+"""
+    failed = ci.run_stage(ci.Stage("bad", 10, script))
+    names = (
+        "tests/test_x.py::test_one[ofi/tcp], tests/test_y.py::test_two, "
+        "SuiteTest.Three, Ranks/SuiteTest.Five/2, ofi_fence_test"
+    )
+    assert failed.reason == f"exit code 1: {names}"
+    lines = ci.report([failed]).splitlines()
+    assert lines[-1] == f"0 passed, 1 failed (bad: exit code 1: {names}), 0 skipped"
+    assert any(re.fullmatch(rf"bad .* {re.escape(names)}", line) for line in lines)
+
+
 def test_the_closing_line_names_failures_which_set_the_exit_code(
     ci: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
