@@ -264,23 +264,9 @@ class MoeTest : public ::testing::TestWithParam<int> {
 
   void Run(const Case& c, Random& random) {
     const Layout& layout = c.world.layout;
+    const std::vector<Phase> phases = PhasesOf(c);
     std::vector<RankBuffers> buffers;
-    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
-      buffers.emplace_back(cluster_->device(rank), c.world, rank);
-    }
-    const MoeShape shape = ShapeOf(layout, c.type, false, c.scaled, c.keep);
-    InPhases(c, [&](int rank, const Peers& peers) {
-      return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, c),
-                            buffers[rank].Dispatch(layout),
-                            cluster_->group().Workspace(rank),
-                            cluster_->stream(rank));
-    });
-    ASSERT_TRUE(cluster_->group().Failure().ok())
-        << cluster_->group().Failure().message();
-    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
-      CheckDispatch(c.world, rank, buffers[rank]);
-      CheckTokens(c, rank, buffers[rank]);
-    }
+    ASSERT_NO_FATAL_FAILURE(RunDispatch(c, phases, buffers));
     Layout expanded = layout;
     expanded.expand = true;  // combine sees expert rows
     std::vector<Operands> operands;
@@ -295,7 +281,7 @@ class MoeTest : public ::testing::TestWithParam<int> {
       slot_scalars.emplace_back(device, layout.tokens * layout.k * 4);
     }
     const MoeShape reduce = ShapeOf(expanded, c.type, c.with_scalars);
-    InPhases(c, [&](int rank, const Peers& peers) {
+    InPhases(phases, [&](int rank, const Peers& peers) {
       const RankBuffers& b = buffers[rank];
       return LaunchCombine(
           peers, reduce, GridFor(*cluster_, rank, c),
@@ -315,13 +301,36 @@ class MoeTest : public ::testing::TestWithParam<int> {
     RunReplay(c, buffers);
   }
 
-  // The whole call, or its halves with those of a second one between them.
-  template <typename Launch>
-  void InPhases(const Case& c, Launch launch) {
-    std::vector<Phase> phases = {Phase::kWhole};
-    if (c.halves) {
-      phases = {Phase::kStart, Phase::kStart, Phase::kDone, Phase::kDone};
+  // Makes `buffers`, and checks what comes into them.
+  void RunDispatch(const Case& c, const std::vector<Phase>& phases,
+                   std::vector<RankBuffers>& buffers) {
+    const Layout& layout = c.world.layout;
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      buffers.emplace_back(cluster_->device(rank), c.world, rank);
     }
+    const MoeShape shape = ShapeOf(layout, c.type, false, c.scaled, c.keep);
+    InPhases(phases, [&](int rank, const Peers& peers) {
+      return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, c),
+                            buffers[rank].Dispatch(layout),
+                            cluster_->group().Workspace(rank),
+                            cluster_->stream(rank));
+    });
+    ASSERT_TRUE(cluster_->group().Failure().ok())
+        << cluster_->group().Failure().message();
+    for (int rank = 0; rank < cluster_->ranks(); ++rank) {
+      CheckDispatch(c.world, rank, buffers[rank]);
+      CheckTokens(c, rank, buffers[rank]);
+    }
+  }
+
+  // The whole call, or its halves with those of a second one between them.
+  static std::vector<Phase> PhasesOf(const Case& c) {
+    if (!c.halves) return {Phase::kWhole};
+    return {Phase::kStart, Phase::kStart, Phase::kDone, Phase::kDone};
+  }
+
+  template <typename Launch>
+  void InPhases(const std::vector<Phase>& phases, Launch launch) {
     for (size_t i = 0; i < phases.size(); ++i) {
       cluster_->ForEach([&](int rank) {
         Peers peers = cluster_->peers(rank, 20, phases[i]);
@@ -375,6 +384,25 @@ TEST_P(MoeTest, SendersPlaceTheirOwnRows) {
     c.halves = false;
     Run(c, random);
   }
+}
+
+// Halves and whole calls have epochs of the same numbers: here the first ones.
+TEST_P(MoeTest, WholeCallsDoNotFollowThePlansOfHalves) {
+  Random random = moe::Seeded(77);
+  Case c = RandomCase(random, /*large=*/true);
+  c.world.layout.expand = false;
+  FillNumbers(random, c.type, c.world);
+  c.scaled = c.roles = c.together = c.late = true;
+  std::vector<RankBuffers> of_halves, of_whole;
+  ASSERT_NO_FATAL_FAILURE(
+      RunDispatch(c, {Phase::kStart, Phase::kDone}, of_halves));
+  cluster_->ForEach([&](int rank) {
+    // Whoever followed the plan of before would follow this.
+    return cudaMemset(cluster_->group().Workspace(rank), 0xff,
+                      Group::kWorkspaceBytes);
+  });
+  cluster_->ForEach([](int) { return cudaDeviceSynchronize(); });
+  RunDispatch(c, {Phase::kWhole}, of_whole);
 }
 
 TEST_P(MoeTest, EqualsTheOracle) {
