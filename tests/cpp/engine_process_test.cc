@@ -1,6 +1,7 @@
 // Engines of several processes, over shm. The test process itself has no
 // threads, so that it may fork; each rank is a child.
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <poll.h>
@@ -127,11 +128,20 @@ TEST(EngineProcessTest, CallsWorkBetweenProcesses) {
 }
 
 TEST(EngineProcessTest, AKilledProcessFailsTheOthersAtOnceAndIsNamed) {
-  const std::vector<int> ends = RunRanks(3, [](Engine& engine, uint32_t rank) {
+  // A call that has ended on rank 1 may still be under way on the others.
+  int ended[2];
+  JF_CHECK(pipe2(ended, O_CLOEXEC) == 0);
+  const UniqueFd hear(ended[0]), tell(ended[1]);
+  const std::vector<int> ends = RunRanks(3, [&](Engine& engine, uint32_t rank) {
     for (uint64_t i = 0; i < 3; ++i) {
       ExpectCallWorks(engine, AllToAll(3, rank, i));
     }
-    if (rank == 1) raise(SIGKILL);
+    char byte = 0;
+    if (rank == 1) {
+      for (int i = 0; i < 2; ++i) JF_CHECK(read(hear.get(), &byte, 1) == 1);
+      raise(SIGKILL);
+    }
+    JF_CHECK(write(tell.get(), &byte, 1) == 1);
     const int64_t begin_ns = MonotonicNanoseconds();
     EndedCall call = StartCall(engine, AllToAll(3, rank, 3));
     const Status status = Await(call);
