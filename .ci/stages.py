@@ -254,7 +254,7 @@ cmake -S . -B build/ci/cuda -G Ninja -DJAXFABRIC_BUILD_CUDA=ON \
   -DJAXFABRIC_BUILD_TESTS=ON -DJAXFABRIC_CUDA_ARCHITECTURES=90 \
   -DPython_EXECUTABLE=$(command -v python)
 cmake --build build/ci/cuda --target jaxfabric_cuda cuda_moe_test \
-  cuda_primitives_test cuda_moe_bench
+  cuda_moe_errors_test cuda_primitives_test cuda_moe_bench
 ctest --test-dir build/ci/cuda -R cuda_ --output-on-failure --no-tests=error
 awk '/: Skipped$/ { at = $1; getline; print "SKIPPED " at " " $0 }' \
   build/ci/cuda/Testing/Temporary/LastTest.log

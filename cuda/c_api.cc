@@ -29,10 +29,10 @@ int Return(const Status& status) {
 
 const char* jaxfabric_cuda_error() { return last_error.c_str(); }
 
-int jaxfabric_cuda_create(const int64_t* mesh_shape, int mesh_axes,
+int jaxfabric_cuda_create(int64_t key, const int64_t* mesh_shape, int mesh_axes,
                           uint64_t window_bytes, uint64_t mailbox_bytes,
                           jaxfabric_cuda_group** group) {
-  auto created = Group::Create({mesh_shape, mesh_shape + mesh_axes},
+  auto created = Group::Create(key, {mesh_shape, mesh_shape + mesh_axes},
                                window_bytes, mailbox_bytes);
   if (!created.ok()) return Return(created.status());
   *group = new jaxfabric_cuda_group{*std::move(created)};

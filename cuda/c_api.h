@@ -15,7 +15,8 @@ struct jaxfabric_cuda_group;
 JAXFABRIC_CUDA_EXPORT const char* jaxfabric_cuda_error();
 
 // The steps of Group, in group.h.
-JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_create(const int64_t* mesh_shape,
+JAXFABRIC_CUDA_EXPORT int jaxfabric_cuda_create(int64_t key,
+                                                const int64_t* mesh_shape,
                                                 int mesh_axes,
                                                 uint64_t window_bytes,
                                                 uint64_t mailbox_bytes,

@@ -189,7 +189,10 @@ __device__ DispatchWork WorkOf(const Peers& peers, const MoeShape& shape,
   w.totals = {words, words + columns, words + 2 * columns};
   w.warp_buffer = words + TotalsWords(shape) + warp * WarpBufferWords(shape);
   if (shape.scaled) {
-    w.aligned = IsVector(io.x, shape.x_row_bytes) &&
+    // A lane's elements are all inside or all outside of a row then, too: of
+    // float32 they are two vectors.
+    w.aligned = shape.hidden % kLaneElements == 0 &&
+                IsVector(io.x, shape.x_row_bytes) &&
                 IsVector(io.tokens, shape.row_bytes);
   }
   return w;

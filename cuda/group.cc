@@ -113,7 +113,7 @@ Status ToStatus(int rank, const ErrorWord& word) {
 }  // namespace
 
 StatusOr<std::unique_ptr<Group>> Group::Create(
-    const std::vector<int64_t>& mesh_shape, uint64_t window_bytes,
+    int64_t key, const std::vector<int64_t>& mesh_shape, uint64_t window_bytes,
     uint64_t mailbox_bytes) {
   int64_t ranks = 1;
   for (const int64_t size : mesh_shape) {
@@ -125,8 +125,12 @@ StatusOr<std::unique_ptr<Group>> Group::Create(
     }
     ranks *= size;
   }
-  return std::unique_ptr<Group>(new Group(mesh_shape, static_cast<int>(ranks),
-                                          window_bytes, mailbox_bytes));
+  std::unique_ptr<Group> group(new Group(mesh_shape, static_cast<int>(ranks),
+                                         window_bytes, mailbox_bytes));
+  JF_ASSIGN_OR_RETURN(group->memory_,
+                      GroupMemory::Take(key, {mesh_shape, group->window_bytes_,
+                                              group->mailbox_bytes_}));
+  return group;
 }
 
 Group::Group(const std::vector<int64_t>& mesh_shape, int ranks,
@@ -165,16 +169,11 @@ int Group::AxisSetOf(const std::vector<int64_t>& axes) const {
 
 Group::~Group() {
   for (auto& [rank, local] : local_) {
-    const ScopedDevice current(local.device);
+    const ScopedDevice current(local.memory.device);
     cudaDeviceSynchronize();  // nothing is freed under a kernel that spins
   }
-  for (auto& [rank, local] : local_) {
-    const ScopedDevice current(local.device);
-    cudaFree(local.state);
-    cudaFree(local.workspace);
-    cudaFree(local.stamps);
-    cudaFreeHost(local.error);
-  }
+  heaps_.clear();
+  if (memory_ != nullptr) GroupMemory::Leave(std::move(memory_));
 }
 
 Status Group::AddLocal(int rank, int device) {
@@ -184,31 +183,15 @@ Status Group::AddLocal(int rank, int device) {
   }
   JF_ASSIGN_OR_RETURN(heaps_[rank],
                       SharedAllocation::Create(device, heap_bytes_));
-  Local& local = local_[rank];
-  local.device = device;
-  const ScopedDevice current(device);
   int processors = 0;
   JF_RETURN_IF_ERROR(
       cuda::ToStatus(cudaDeviceGetAttribute(
                          &processors, cudaDevAttrMultiProcessorCount, device),
                      "cudaDeviceGetAttribute"));
-  local.blocks_max = std::max(1, processors - kBlocksLeft);
-  JF_RETURN_IF_ERROR(cuda::ToStatus(cudaMalloc(&local.state, sizeof(RankState)),
-                                    "cudaMalloc"));
-  JF_RETURN_IF_ERROR(cuda::ToStatus(
-      cudaMalloc(&local.workspace, kWorkspaceBytes), "cudaMalloc"));
-  constexpr size_t kStampBytes = kPagesMax * sizeof(uint32_t);
-  JF_RETURN_IF_ERROR(
-      cuda::ToStatus(cudaMalloc(&local.stamps, kStampBytes), "cudaMalloc"));
-  JF_RETURN_IF_ERROR(
-      cuda::ToStatus(cudaMemset(local.stamps, 0, kStampBytes), "cudaMemset"));
-  JF_RETURN_IF_ERROR(
-      cuda::ToStatus(cudaHostAlloc(&local.error, sizeof(ErrorWord),
-                                   cudaHostAllocMapped | cudaHostAllocPortable),
-                     "cudaHostAlloc"));
-  *local.error = ErrorWord{};
-  return cuda::ToStatus(cudaMemset(local.state, 0, sizeof(RankState)),
-                        "cudaMemset");
+  JF_ASSIGN_OR_RETURN(const GroupMemory::Local memory,
+                      memory_->ForRank(rank, device));
+  local_[rank] = {std::max(1, processors - kBlocksLeft), memory};
+  return OkStatus();
 }
 
 StatusOr<int> Group::Export(int rank) const {
@@ -217,7 +200,7 @@ StatusOr<int> Group::Export(int rank) const {
     return Status(StatusCode::kNotFound,
                   "rank " + std::to_string(rank) + " is not of this process");
   }
-  const ScopedDevice current(local->second.device);
+  const ScopedDevice current(local->second.memory.device);
   return heaps_[rank]->Export();
 }
 
@@ -227,25 +210,29 @@ Status Group::Import(int rank, int fd) {
                   "rank " + std::to_string(rank) + " is out of range or twice");
   }
   JF_ASSIGN_OR_RETURN(
-      heaps_[rank],
-      SharedAllocation::Import(fd, heap_bytes_, local_.begin()->second.device));
+      heaps_[rank], SharedAllocation::Import(
+                        fd, heap_bytes_, local_.begin()->second.memory.device));
   return OkStatus();
 }
 
 Status Group::Open() {
   std::vector<int> devices;
-  for (const auto& [rank, local] : local_) devices.push_back(local.device);
+  for (const auto& [rank, local] : local_)
+    devices.push_back(local.memory.device);
   for (int rank = 0; rank < ranks_; ++rank) {
     if (heaps_[rank] == nullptr) {
       return Status(StatusCode::kFailedPrecondition,
                     "the heap of rank " + std::to_string(rank) + " is missing");
     }
-    const ScopedDevice current(local_.begin()->second.device);
-    JF_RETURN_IF_ERROR(
-        heaps_[rank]->Map(devices).Annotate("rank " + std::to_string(rank)));
+    const ScopedDevice current(local_.begin()->second.memory.device);
+    JF_ASSIGN_OR_RETURN(const AddressRange* const range,
+                        memory_->ForHeap(rank, heaps_[rank]->bytes()));
+    JF_RETURN_IF_ERROR(heaps_[rank]
+                           ->Map(devices, *range)
+                           .Annotate("rank " + std::to_string(rank)));
   }
   for (const auto& [rank, local] : local_) {
-    const ScopedDevice current(local.device);
+    const ScopedDevice current(local.memory.device);
     // Zero is the state before the first epoch, everywhere.
     JF_RETURN_IF_ERROR(cuda::ToStatus(
         cudaMemset(heaps_[rank]->data(), 0, heaps_[rank]->bytes()),
@@ -270,7 +257,7 @@ Status Group::Open() {
 
 int Group::RankOn(int device) const {
   for (const auto& [rank, local] : local_) {
-    if (local.device == device) return rank;
+    if (local.memory.device == device) return rank;
   }
   return -1;
 }
@@ -286,7 +273,9 @@ StatusOr<int> Group::AllocateWindow(uint64_t bytes) {
                       std::to_string(kWindowsMax) +
                       "; raise JAXFABRIC_WINDOW_BYTES on all ranks");
   }
-  windows_.push_back({kWindowsBegin + windows_used_, bytes});
+  const Window window = {kWindowsBegin + windows_used_, bytes};
+  JF_RETURN_IF_ERROR(memory_->SetWindow(windows_.size(), window));
+  windows_.push_back(window);
   windows_used_ =
       std::min(RoundUp(windows_used_ + bytes, kLineBytes), window_bytes_);
   return static_cast<int>(windows_.size()) - 1;
@@ -306,7 +295,7 @@ StatusOr<Peers> Group::PeersOf(int rank, const std::vector<int64_t>& axes,
                                double timeout_s, Phase phase) const {
   JF_ASSIGN_OR_RETURN(const MeshGroup members,
                       GroupOf(mesh_shape_, axes, static_cast<uint32_t>(rank)));
-  const Local& local = local_.at(rank);
+  const GroupMemory::Local& local = local_.at(rank).memory;
   const int set = AxisSetOf(axes);
   Peers peers = {};
   peers.rank = static_cast<int32_t>(members.position);
@@ -332,26 +321,30 @@ StatusOr<Peers> Group::PeersOf(int rank, const std::vector<int64_t>& axes,
   return peers;
 }
 
-char* Group::Workspace(int rank) const { return local_.at(rank).workspace; }
+char* Group::Workspace(int rank) const {
+  return local_.at(rank).memory.workspace;
+}
 
-uint32_t* Group::PageStamps(int rank) const { return local_.at(rank).stamps; }
+uint32_t* Group::PageStamps(int rank) const {
+  return local_.at(rank).memory.stamps;
+}
 
 int Group::BlocksMax(int rank) const { return local_.at(rank).blocks_max; }
 
 Status Group::Failure() const {
   for (const auto& [rank, local] : local_) {
-    if (local.error == nullptr) continue;
+    const ErrorWord* const error = local.memory.error;
     // Written last, by a device.
-    if (__atomic_load_n(&local.error->code, __ATOMIC_ACQUIRE) == 0) continue;
+    if (__atomic_load_n(&error->code, __ATOMIC_ACQUIRE) == 0) continue;
     failure_known_.store(true, std::memory_order_relaxed);
-    return ToStatus(rank, *local.error);
+    return ToStatus(rank, *error);
   }
   return OkStatus();
 }
 
 Status Group::Finish() {
   for (const auto& [rank, local] : local_) {
-    const ScopedDevice current(local.device);
+    const ScopedDevice current(local.memory.device);
     cudaDeviceSynchronize();
   }
   const bool known = failure_known_.load(std::memory_order_relaxed);

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "group_memory.h"
 #include "group_state.h"
 #include "shared_allocation.h"
 
@@ -25,10 +26,11 @@ namespace jaxfabric::cuda {
 class Group {
  public:
   // Equal on all ranks, which count through the mesh in row-major order.
-  // `mailbox_bytes` bounds what one rank sends another in one call.
+  // `mailbox_bytes` bounds what one rank sends another in one call. `key` is
+  // that of its Fabric: see GroupMemory.
   static StatusOr<std::unique_ptr<Group>> Create(
-      const std::vector<int64_t>& mesh_shape, uint64_t window_bytes,
-      uint64_t mailbox_bytes);
+      int64_t key, const std::vector<int64_t>& mesh_shape,
+      uint64_t window_bytes, uint64_t mailbox_bytes);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -43,10 +45,7 @@ class Group {
   // A region of every rank's heap, the next one; returns its index. All ranks
   // allocate the same in the same order.
   StatusOr<int> AllocateWindow(uint64_t bytes);
-  struct Window {
-    uint64_t begin;  // in the heap
-    uint64_t bytes;
-  };
+  using Window = GroupMemory::Window;
   StatusOr<Window> FindWindow(int64_t index) const;
 
   int ranks() const { return ranks_; }
@@ -57,10 +56,10 @@ class Group {
   StatusOr<Peers> PeersOf(int rank, const std::vector<int64_t>& axes,
                           double timeout_s, Phase phase) const;
   char* Workspace(int rank) const;
-  static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+  static constexpr size_t kWorkspaceBytes = GroupMemory::kWorkspaceBytes;
   // One word for each page of a window: see PutPagesArguments.
   uint32_t* PageStamps(int rank) const;
-  static constexpr int kPagesMax = 1 << 20;
+  static constexpr int kPagesMax = GroupMemory::kPagesMax;
   // Most blocks that a kernel takes; leaves SMs for the model.
   int BlocksMax(int rank) const;
 
@@ -72,15 +71,13 @@ class Group {
   // Calls that were launched or captured; a replayed one is not counted.
   void CountCall() { calls_.fetch_add(1, std::memory_order_relaxed); }
   int64_t calls() const { return calls_.load(std::memory_order_relaxed); }
+  // Before a call of this group is captured.
+  void NoteCapture() { memory_->NoteCapture(); }
 
  private:
   struct Local {
-    int device = -1;
     int blocks_max = 0;
-    RankState* state = nullptr;
-    char* workspace = nullptr;
-    uint32_t* stamps = nullptr;
-    ErrorWord* error = nullptr;  // pinned, mapped
+    GroupMemory::Local memory;
   };
 
   Group(const std::vector<int64_t>& mesh_shape, int ranks,
@@ -94,6 +91,7 @@ class Group {
   const uint64_t mailbox_bytes_;
   std::vector<uint64_t> message_begin_;  // of each set of axes
   uint64_t heap_bytes_ = 0;
+  std::unique_ptr<GroupMemory> memory_;
   std::vector<std::unique_ptr<SharedAllocation>> heaps_;
   std::map<int, Local> local_;
   mutable std::mutex mutex_;

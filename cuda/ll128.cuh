@@ -194,13 +194,13 @@ __device__ bool ReceiveParts(const char* wire, int count, int lane,
       if (i < count && part.bytes == 8) here &= words[i].high == epoch;
     }
     if (__all_sync(kAllLanes, here)) return true;
-    if (waiting == Waiting::kPatient) {
-      if (!WatchLine(wire + (count - 1) * kPacketWire, 3, epoch, wait)) {
-        return false;
-      }
-      continue;
+    if (waiting == Waiting::kPatient &&
+        !WatchLine(wire + (count - 1) * kPacketWire, 3, epoch, wait)) {
+      return false;
     }
-    // The lanes' clocks differ, and all must leave together.
+    // Also where the watched line is there: a rank that runs another program
+    // may never send those before it. The lanes' clocks differ, and all must
+    // leave together.
     if (__any_sync(kAllLanes, wait.Expired())) return false;
   }
 }

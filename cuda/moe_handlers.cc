@@ -143,7 +143,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     DispatchResults results = {tokens,    group_sizes, row_weights,
                                row_index, recv_count,  slot_row,
                                sent,      dropped,     scales};
@@ -159,7 +159,7 @@ ffi::Error DispatchStart(cudaStream_t stream, int32_t device,
                          ffi::Result<Pending> pending, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(device, attributes, position, token,
+                        FindTarget(stream, device, attributes, position, token,
                                    token_out, Phase::kStart));
     target.peers.pending = pending->typed_data();
     DispatchBuffers buffers = {};
@@ -180,7 +180,7 @@ ffi::Error DispatchDone(cudaStream_t stream, int32_t device,
                         Result token_out, ffi::RemainingRets scales) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(device, attributes, position, token,
+                        FindTarget(stream, device, attributes, position, token,
                                    token_out, Phase::kDone));
     target.peers.pending = pending.typed_data();
     DispatchResults results = {tokens,    group_sizes, row_weights,
@@ -228,7 +228,7 @@ ffi::Error Combine(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     return RunCombine(target, attributes,
                       {rows, row_weights, scalars, ids, recv_count, slot_row},
                       DataOf<char>(y), DataOf<float>(slot_scalars), stream);
@@ -244,7 +244,7 @@ ffi::Error CombineStart(cudaStream_t stream, int32_t device,
                         Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(device, attributes, position, token,
+                        FindTarget(stream, device, attributes, position, token,
                                    token_out, Phase::kStart));
     target.peers.pending = pending->typed_data();
     return RunCombine(target, attributes,
@@ -262,7 +262,7 @@ ffi::Error CombineDone(cudaStream_t stream, int32_t device,
                        Result slot_scalars, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(device, attributes, position, token,
+                        FindTarget(stream, device, attributes, position, token,
                                    token_out, Phase::kDone));
     target.peers.pending = pending.typed_data();
     return RunCombine(target, attributes,
@@ -279,7 +279,7 @@ ffi::Error Replay(cudaStream_t stream, int32_t device, MoeAttributes attributes,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const MoeShape shape,
                         ShapeOf(attributes, target.peers.ranks, x, ids, false));
     JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));

@@ -75,7 +75,7 @@ ffi::Error Put(cudaStream_t stream, int32_t device, PutAttributes attributes,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     return PutSlices(call, attributes, x, 1, target.typed_data(),
                      offset.typed_data(), stream);
   };
@@ -89,7 +89,7 @@ ffi::Error Scatter(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     return PutSlices(call, attributes, x, call.peers.ranks, nullptr,
                      offsets.typed_data(), stream);
   };
@@ -104,7 +104,7 @@ ffi::Error PutPages(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const WindowPlace window, PlaceOf(call, attributes));
     const int64_t count = pages.dimensions()[0];
     const int64_t bytes =
@@ -138,7 +138,7 @@ ffi::Error Wait(cudaStream_t stream, int32_t device, WaitAttributes attributes,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const WindowPlace window, PlaceOf(call, attributes));
     if (out->size_bytes() != window.bytes) {
       return Status(
@@ -171,7 +171,7 @@ ffi::Error Exchange(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     const auto bytes = static_cast<int64_t>(x.size_bytes());
     JF_RETURN_IF_ERROR(CheckExchange(bytes, call.peers));
     ExchangeArguments exchange = {DataOf<char>(x), DataOf<char>(y), bytes, -1,
@@ -196,7 +196,7 @@ ffi::Error Barrier(cudaStream_t stream, int32_t device,
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(device, attributes, position, token, token_out));
+        FindTarget(stream, device, attributes, position, token, token_out));
     return ToStatus(LaunchBarrier(target.peers, stream), "launch");
   };
   return ToError(run(), attributes.label);

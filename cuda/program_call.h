@@ -74,7 +74,7 @@ struct Target {
   Peers peers;
 };
 
-inline StatusOr<Target> FindTarget(int32_t device,
+inline StatusOr<Target> FindTarget(cudaStream_t stream, int32_t device,
                                    const CallAttributes& attributes,
                                    const Position& position,
                                    const Buffer& token, Result& token_out,
@@ -90,6 +90,10 @@ inline StatusOr<Target> FindTarget(int32_t device,
   }
   const double timeout_s =
       attributes.timeout_s > 0 ? attributes.timeout_s : published.timeout_s;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  JF_RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(stream, &capture),
+                              "cudaStreamIsCapturing"));
+  if (capture != cudaStreamCaptureStatusNone) published.group->NoteCapture();
   published.group->CountCall();
   JF_ASSIGN_OR_RETURN(
       const Peers peers,

@@ -31,6 +31,20 @@ StatusOr<size_t> Rounded(const DriverApi& driver, int device, size_t bytes) {
 
 }  // namespace
 
+StatusOr<std::unique_ptr<AddressRange>> AddressRange::Reserve(size_t bytes) {
+  JF_ASSIGN_OR_RETURN(const DriverApi* driver, DriverApi::Get());
+  CUdeviceptr address = 0;
+  JF_RETURN_IF_ERROR(
+      driver->ToStatus(driver->address_reserve(&address, bytes, 0, 0, 0),
+                       "cuMemAddressReserve"));
+  return std::unique_ptr<AddressRange>(new AddressRange(address, bytes));
+}
+
+AddressRange::~AddressRange() {
+  auto driver = DriverApi::Get();
+  if (driver.ok()) (*driver)->address_free(address_, bytes_);
+}
+
 StatusOr<std::unique_ptr<SharedAllocation>> SharedAllocation::Create(
     int device, size_t bytes) {
   JF_ASSIGN_OR_RETURN(const DriverApi* driver, DriverApi::Get());
@@ -66,8 +80,7 @@ StatusOr<std::unique_ptr<SharedAllocation>> SharedAllocation::Import(
 SharedAllocation::~SharedAllocation() {
   auto driver = DriverApi::Get();
   if (!driver.ok()) return;
-  if (mapped_) (*driver)->mem_unmap(address_, bytes_);
-  if (address_ != 0) (*driver)->address_free(address_, bytes_);
+  if (address_ != 0) (*driver)->mem_unmap(address_, bytes_);
   (*driver)->mem_release(handle_);
 }
 
@@ -80,14 +93,12 @@ StatusOr<int> SharedAllocation::Export() const {
   return fd;
 }
 
-Status SharedAllocation::Map(const std::vector<int>& devices) {
+Status SharedAllocation::Map(const std::vector<int>& devices,
+                             const AddressRange& range) {
   JF_ASSIGN_OR_RETURN(const DriverApi* driver, DriverApi::Get());
-  JF_RETURN_IF_ERROR(
-      driver->ToStatus(driver->address_reserve(&address_, bytes_, 0, 0, 0),
-                       "cuMemAddressReserve"));
   JF_RETURN_IF_ERROR(driver->ToStatus(
-      driver->mem_map(address_, bytes_, 0, handle_, 0), "cuMemMap"));
-  mapped_ = true;
+      driver->mem_map(range.address(), bytes_, 0, handle_, 0), "cuMemMap"));
+  address_ = range.address();
   std::vector<CUmemAccessDesc> access;
   for (const int device : devices) {
     CUmemAccessDesc one = {};

@@ -1,4 +1,5 @@
-// SharedAllocation: device memory that other devices and processes can map.
+// SharedAllocation: device memory that other devices and processes can map, and
+// AddressRange: where.
 
 #ifndef JAXFABRIC_CUDA_SHARED_ALLOCATION_H_
 #define JAXFABRIC_CUDA_SHARED_ALLOCATION_H_
@@ -12,6 +13,25 @@
 #include "base/status.h"
 
 namespace jaxfabric::cuda {
+
+// Addresses that nothing else is given, with memory or not.
+class AddressRange {
+ public:
+  static StatusOr<std::unique_ptr<AddressRange>> Reserve(size_t bytes);
+  ~AddressRange();
+  AddressRange(const AddressRange&) = delete;
+  AddressRange& operator=(const AddressRange&) = delete;
+
+  CUdeviceptr address() const { return address_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  AddressRange(CUdeviceptr address, size_t bytes)
+      : address_(address), bytes_(bytes) {}
+
+  const CUdeviceptr address_;
+  const size_t bytes_;
+};
 
 class SharedAllocation {
  public:
@@ -29,8 +49,9 @@ class SharedAllocation {
 
   // A file descriptor for Import, to be closed by the caller.
   StatusOr<int> Export() const;
-  // Maps it once, readable and writable by all of `devices`.
-  Status Map(const std::vector<int>& devices);
+  // Maps it once, readable and writable by all of `devices`. `range` is as long
+  // and outlives it.
+  Status Map(const std::vector<int>& devices, const AddressRange& range);
 
   char* data() const { return reinterpret_cast<char*>(address_); }
   size_t bytes() const { return bytes_; }
@@ -40,9 +61,8 @@ class SharedAllocation {
       : handle_(handle), bytes_(bytes) {}
 
   CUmemGenericAllocationHandle handle_;
-  size_t bytes_;  // rounded up to the granularity
-  CUdeviceptr address_ = 0;
-  bool mapped_ = false;
+  size_t bytes_;             // rounded up to the granularity
+  CUdeviceptr address_ = 0;  // 0 until mapped
 };
 
 }  // namespace jaxfabric::cuda

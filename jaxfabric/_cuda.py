@@ -102,6 +102,9 @@ class CudaGroup:
         sizes: tuple[int, int],
         rendezvous: Rendezvous,
         owners: Sequence[int],
+        *,
+        key: int,
+        timeout_s: float,
     ) -> None:
         self._library = library()
         self._handle = ctypes.c_void_p()
@@ -109,6 +112,7 @@ class CudaGroup:
         mailbox_bytes, window_bytes = sizes
         _check(
             self._library.jaxfabric_cuda_create(
+                ctypes.c_int64(key),
                 (ctypes.c_int64 * len(mesh_shape))(*mesh_shape),
                 len(mesh_shape),
                 ctypes.c_uint64(window_bytes),
@@ -116,19 +120,29 @@ class CudaGroup:
                 ctypes.byref(self._handle),
             )
         )
+        try:
+            self._open(local, rendezvous, owners)
+            _check(
+                self._library.jaxfabric_cuda_publish(
+                    self._handle, ctypes.c_int64(key), ctypes.c_double(timeout_s)
+                )
+            )
+        except BaseException:
+            self._aborted = True  # what failed is on its way already
+            self.close()  # heaps may be most of the device's memory
+            raise
+
+    def _open(
+        self,
+        local: Sequence[tuple[int, int]],
+        rendezvous: Rendezvous,
+        owners: Sequence[int],
+    ) -> None:
         for device, rank in local:
             _check(self._library.jaxfabric_cuda_add_local(self._handle, rank, device))
         self._exchange_heaps([rank for _, rank in local], rendezvous, owners)
         _check(self._library.jaxfabric_cuda_open(self._handle))
         rendezvous.all_gather(b"mapped")  # nobody writes to a heap before
-
-    def publish(self, key: int, timeout_s: float) -> None:
-        """Lets programs find the group."""
-        _check(
-            self._library.jaxfabric_cuda_publish(
-                self._handle, ctypes.c_int64(key), ctypes.c_double(timeout_s)
-            )
-        )
 
     def allocate_window(self, size: int) -> tuple[int, int]:
         """The index of a new window of ``size`` bytes, and 0 for its address."""
@@ -282,10 +296,12 @@ def open_group(
         if device.process_index == me
     ]
     owners = [device.process_index for device in devices]
-    group = CudaGroup(mesh.devices.shape, local, sizes, rendezvous, owners)
-    try:
-        group.publish(key, timeout_s)
-    except BaseException:
-        group.close()
-        raise
-    return group
+    return CudaGroup(
+        mesh.devices.shape,
+        local,
+        sizes,
+        rendezvous,
+        owners,
+        key=key,
+        timeout_s=timeout_s,
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cuda_cases import (
     AXIS,
     EXPERTS_PER_RANK,
@@ -96,6 +97,51 @@ def bad_put(mesh: jax.sharding.Mesh) -> None:
     failed = in_replayed(mesh, step, "bad put")
     assert "put on rank" in failed, failed
     assert "outside of the group or the window" in failed, failed
+
+
+def ring_step(win: Any, x: Any) -> Any:
+    """x from the rank before this one, through a window and an expert's rank."""
+    me, n = jax.lax.axis_index(AXIS), jax.lax.axis_size(AXIS)
+    token = jf.put(win, x, (me + 1) % n, axis_name=AXIS)
+    y, token = jf.wait(win, axis_name=AXIS, token=token)
+    d = jf.moe.dispatch(
+        y[None],
+        EXPERTS_PER_RANK * ((me + 1) % n).astype(jnp.int32)[None, None],
+        jnp.ones((1, 1)),
+        axis_name=AXIS,
+        num_experts=EXPERTS_PER_RANK * n,
+        token=token,
+    )
+    return jf.moe.combine(d.tokens, d.plan)[0]
+
+
+def reopened(mesh: jax.sharding.Mesh) -> None:
+    """A program that XLA replays runs under its Fabric's successor, too."""
+    n = mesh.size
+    want = np.arange(128 * n, dtype=np.float32).reshape(n, 128)
+    x = sharded(mesh, want.reshape(-1)) + 0
+    program, junk = None, []
+    for generation in range(3):
+        junk.append(sharded(mesh, np.ones(n << 22, np.float32)) + generation)
+        with jf.Fabric(
+            mesh, name="reopened", timeout_s=TIMEOUT_S, mailbox_bytes=1 << 20
+        ) as fabric:
+            win = fabric.window((128,), jnp.float32)
+            if program is None:
+                step = functools.partial(ring_step, win)
+                program = on_ranks(mesh, step, donate_argnums=0)
+            asked = []
+            for _ in range(7):
+                x = jax.block_until_ready(program(x))
+                asked.append(fabric.require_open().calls())
+                want = np.roll(want, 1, axis=0)
+            check_replayed(asked)
+            print(f"generation {generation}: {asked=}", flush=True)
+        for shard in x.addressable_shards:
+            begin = shard.index[0].start or 0
+            np.testing.assert_array_equal(np.asarray(shard.data), want[begin // 128])
+    with pytest.raises(jf.FabricError, match="or under another name="):
+        jf.Fabric(mesh, name="reopened", mailbox_bytes=1 << 21)
 
 
 def waiting_call(mesh: jax.sharding.Mesh, name: str, fabric: jf.Fabric) -> Any:

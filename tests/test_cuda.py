@@ -105,6 +105,11 @@ def test_failures_in_replayed_programs(processes: int) -> None:
     run("cuda_failures.py", processes, "silent_rank,bad_put", REPLAYED)
 
 
+@each_layout
+def test_replayed_programs_run_under_the_fabrics_successor(processes: int) -> None:
+    run("cuda_failures.py", processes, "reopened", REPLAYED)
+
+
 @pytest.mark.parametrize("processes", [2, 0], ids=["two-processes", "process-per-gpu"])
 def test_lost_peers_in_replayed_programs(processes: int) -> None:
     run("cuda_failures.py", processes, "lost_peer", REPLAYED)

@@ -95,7 +95,9 @@ class Cluster {
                 mailbox_bytes) {}
   Cluster(const std::vector<int64_t>& mesh_shape, int devices,
           uint64_t window_bytes, uint64_t mailbox_bytes) {
-    auto created = Group::Create(mesh_shape, window_bytes, mailbox_bytes);
+    static int64_t key = 0;  // another one for each: nothing is kept for it
+    auto created =
+        Group::Create(++key, mesh_shape, window_bytes, mailbox_bytes);
     group_ = *std::move(created);
     for (size_t i = 0; i < mesh_shape.size(); ++i) {
       all_axes_.push_back(static_cast<int64_t>(i));

@@ -11,6 +11,7 @@
 #include "tests/cluster.h"
 #include "tests/cpp/moe_oracle.h"
 #include "tests/cpp/moe_row_values.h"
+#include "tests/moe_layouts.h"
 #include "tests/rank_buffers.h"
 #include "tests/scaled_world.h"
 
@@ -26,8 +27,6 @@ using moe::Uniform;
 using moe::World;
 using ::testing::HasSubstr;
 
-constexpr uint64_t kMailboxBytes = 8 << 20;
-
 struct Case {
   World world;
   RowType type;
@@ -37,52 +36,6 @@ struct Case {
   bool halves;
   bool scaled, keep;  // see MoeShape
 };
-
-Layout RandomLayout(Random& random, int ranks, RowType type, bool large) {
-  Layout layout;
-  layout.num_ranks = ranks;
-  layout.num_experts = ranks * Choose<int32_t>(random, {1, 2, 5, 32, 64});
-  layout.tokens = large ? Uniform(random, 200, 1400) : Uniform(random, 1, 70);
-  layout.k = std::min<int32_t>(Uniform(random, 1, 8), layout.num_experts);
-  layout.row_bytes =
-      moe::ElementBytes(HostType(type)) *
-      Choose<int64_t>(random, {1, 3, 8, 240, 256, 1024, 1800, 2176});
-  layout.expert_alignment = Choose<int32_t>(random, {1, 1, 3, 8});
-  layout.expand = Uniform(random, 0, 2) != 0;
-  layout.zero_tail = Uniform(random, 0, 1) == 0;
-  const int64_t all = layout.unique_rows_max() * layout.slots();
-  layout.capacity =
-      Choose<int64_t>(random, {-1, -1, 1, all, Uniform(random, 1, all)});
-  return layout;
-}
-
-// `layout` is that of x.
-MoeShape ShapeOf(const Layout& layout, RowType type, bool with_scalars,
-                 bool scaled = false, bool keep = false) {
-  MoeShape shape = {};
-  shape.ranks = layout.num_ranks;
-  shape.tokens = layout.tokens;
-  shape.k = layout.k;
-  shape.experts = layout.experts_local();
-  shape.slots = layout.slots();
-  shape.alignment = layout.expert_alignment;
-  shape.row_bytes = layout.row_bytes;
-  shape.rows = layout.rows();
-  shape.kept_max = layout.kept_max() < layout.unique_rows_max() * layout.slots()
-                       ? layout.kept_max()
-                       : INT32_MAX;
-  shape.expand = layout.expand;
-  shape.zero_tail = layout.zero_tail;
-  shape.type = type;
-  if (scaled) {
-    shape.scaled = true;
-    shape.keep = keep;
-    shape.hidden = static_cast<int32_t>(layout.row_bytes / ElementBytes(type));
-    if (keep) shape.row_bytes = shape.hidden;
-  }
-  Complete(shape, with_scalars);
-  return shape;
-}
 
 Grid GridFor(Cluster& cluster, int rank, const Case& c) {
   const int blocks = cluster.blocks_max(rank);
@@ -420,83 +373,6 @@ TEST_P(MoeTest, EqualsTheOracle) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, MoeTest, ::testing::Values(2, 3, 4, 8));
-
-class MoeErrorTest : public MoeTest {};
-
-TEST_P(MoeErrorTest, AnExpertThatIsNotThereIsAnError) {
-  Random random = moe::Seeded(1);
-  Layout layout = RandomLayout(random, 2, RowType::kF32, false);
-  layout.tokens = 40;
-  World world = moe::RandomWorld(random, layout);
-  world.ids[1][3] = layout.num_experts;
-  std::vector<RankBuffers> buffers;
-  for (int rank = 0; rank < 2; ++rank) {
-    buffers.emplace_back(cluster_->device(rank), world, rank);
-  }
-  const MoeShape shape = ShapeOf(layout, RowType::kF32, false);
-  cluster_->ForEach([&](int rank) {
-    return LaunchDispatch(
-        cluster_->peers(rank), shape, GridFor(*cluster_, rank, Case{}),
-        buffers[rank].Dispatch(layout), cluster_->group().Workspace(rank),
-        cluster_->stream(rank));
-  });
-  cluster_->Synchronize();
-  const Status failure = cluster_->group().Failure();
-  EXPECT_EQ(failure.code(), StatusCode::kInvalidArgument);
-  EXPECT_THAT(failure.message(), HasSubstr("entry 3 of rank 1's ids"));
-}
-
-TEST_P(MoeErrorTest, ARankThatDoesNotComeIsNamed) {
-  for (const bool roles : {false, true}) {
-    Case c = {};
-    c.roles = c.together = roles;
-    cluster_ = std::make_unique<Cluster>(2, 2, 1 << 16, kMailboxBytes);
-    Random random = moe::Seeded(2);
-    const Layout layout = RandomLayout(random, 2, RowType::kF32, false);
-    const World world = moe::RandomWorld(random, layout);
-    const RankBuffers buffers(0, world, 0);
-    const ScopedDevice current(0);
-    JF_CUDA_OK(LaunchDispatch(
-        cluster_->peers(0, 0.2), ShapeOf(layout, RowType::kF32, false),
-        GridFor(*cluster_, 0, c), buffers.Dispatch(layout),
-        cluster_->group().Workspace(0), cluster_->stream(0)));
-    JF_CUDA_OK(cudaStreamSynchronize(cluster_->stream(0)));
-    const Status failure = cluster_->group().Failure();
-    EXPECT_EQ(failure.code(), StatusCode::kDeadlineExceeded);
-    EXPECT_THAT(failure.message(), HasSubstr("dispatch on rank 0"));
-    EXPECT_THAT(failure.message(), HasSubstr("rank 1"));
-  }
-}
-
-TEST_P(MoeErrorTest, AHalfThatIsNotUnderWayIsAnError) {
-  Random random = moe::Seeded(3);
-  Layout layout = RandomLayout(random, 2, RowType::kF32, false);
-  const World world = moe::RandomWorld(random, layout);
-  std::vector<RankBuffers> buffers;
-  for (int rank = 0; rank < 2; ++rank) {
-    buffers.emplace_back(cluster_->device(rank), world, rank);
-  }
-  const MoeShape shape = ShapeOf(layout, RowType::kF32, false);
-  // The first of three has lost its place to the third.
-  const Phase phases[] = {Phase::kStart, Phase::kDone, Phase::kStart,
-                          Phase::kStart, Phase::kDone};
-  for (size_t i = 0; i < 5; ++i) {
-    cluster_->ForEach([&](int rank) {
-      Peers peers = cluster_->peers(rank, 5, phases[i]);
-      peers.pending = pending_[rank][i == 2 || i == 3].as<uint32_t>();
-      return LaunchDispatch(peers, shape, GridFor(*cluster_, rank, Case{}),
-                            buffers[rank].Dispatch(layout),
-                            cluster_->group().Workspace(rank),
-                            cluster_->stream(rank));
-    });
-    cluster_->Synchronize();
-    ASSERT_EQ(cluster_->group().Failure().ok(), i < 4) << i;
-  }
-  EXPECT_THAT(cluster_->group().Failure().message(),
-              HasSubstr("not under way"));
-}
-
-INSTANTIATE_TEST_SUITE_P(Ranks, MoeErrorTest, ::testing::Values(2));
 
 }  // namespace
 }  // namespace jaxfabric::cuda

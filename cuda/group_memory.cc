@@ -1,0 +1,139 @@
+#include "group_memory.h"
+
+#include <cuda_runtime.h>
+
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "driver_api.h"
+
+namespace jaxfabric::cuda {
+
+namespace {
+
+// Never destroyed: XLA may keep programs until the process ends.
+struct Left {
+  std::mutex mutex;
+  std::map<int64_t, std::unique_ptr<GroupMemory>> by_key;  // guarded by mutex
+};
+
+Left& TheLeft() {
+  static Left* const left = new Left;
+  return *left;
+}
+
+Status Zeroed(void* data, size_t bytes) {
+  return ToStatus(cudaMemset(data, 0, bytes), "cudaMemset");
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<GroupMemory>> GroupMemory::Take(
+    int64_t key, const GroupLayout& layout) {
+  Left& left = TheLeft();
+  const std::lock_guard<std::mutex> lock(left.mutex);
+  const auto found = left.by_key.find(key);
+  if (found == left.by_key.end()) {
+    return std::unique_ptr<GroupMemory>(new GroupMemory(key, layout));
+  }
+  const GroupLayout& before = found->second->layout_;
+  if (!(before == layout)) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "XLA holds calls of the last Fabric of this mesh and name in "
+                  "CUDA graphs; open it with the sizes of then (window_bytes=" +
+                      std::to_string(before.window_bytes) + ", mailbox_bytes=" +
+                      std::to_string(before.mailbox_bytes) +
+                      "), or under another name=");
+  }
+  auto memory = std::move(found->second);
+  left.by_key.erase(found);
+  return memory;
+}
+
+void GroupMemory::Leave(std::unique_ptr<GroupMemory> memory) {
+  if (!memory->captured()) return;
+  Left& left = TheLeft();
+  const std::lock_guard<std::mutex> lock(left.mutex);
+  left.by_key[memory->key_] = std::move(memory);
+}
+
+GroupMemory::~GroupMemory() {
+  for (const auto& [rank, local] : local_) {
+    const ScopedDevice current(local.device);
+    cudaFree(local.state);
+    cudaFree(local.workspace);
+    cudaFree(local.stamps);
+    cudaFreeHost(local.error);
+  }
+}
+
+StatusOr<GroupMemory::Local> GroupMemory::ForRank(int rank, int device) {
+  constexpr size_t kStampBytes = kPagesMax * sizeof(uint32_t);
+  Local& local = local_[rank];
+  if (local.device != -1 && local.device != device) {
+    return Status(StatusCode::kFailedPrecondition,
+                  "rank " + std::to_string(rank) + " was on device " +
+                      std::to_string(local.device) +
+                      " under the last Fabric of this mesh and name; open it "
+                      "under another name=");
+  }
+  local.device = device;
+  const ScopedDevice current(device);
+  if (local.state == nullptr) {
+    JF_RETURN_IF_ERROR(
+        ToStatus(cudaMalloc(&local.state, sizeof(RankState)), "cudaMalloc"));
+  }
+  if (local.workspace == nullptr) {
+    JF_RETURN_IF_ERROR(
+        ToStatus(cudaMalloc(&local.workspace, kWorkspaceBytes), "cudaMalloc"));
+  }
+  if (local.stamps == nullptr) {
+    JF_RETURN_IF_ERROR(
+        ToStatus(cudaMalloc(&local.stamps, kStampBytes), "cudaMalloc"));
+  }
+  if (local.error == nullptr) {
+    JF_RETURN_IF_ERROR(
+        ToStatus(cudaHostAlloc(&local.error, sizeof(ErrorWord),
+                               cudaHostAllocMapped | cudaHostAllocPortable),
+                 "cudaHostAlloc"));
+  }
+  *local.error = ErrorWord{};
+  JF_RETURN_IF_ERROR(Zeroed(local.state, sizeof(RankState)));
+  JF_RETURN_IF_ERROR(Zeroed(local.stamps, kStampBytes));
+  return local;
+}
+
+StatusOr<const AddressRange*> GroupMemory::ForHeap(int rank, size_t bytes) {
+  std::unique_ptr<AddressRange>& range = heaps_[rank];
+  if (range == nullptr) {
+    JF_ASSIGN_OR_RETURN(range, AddressRange::Reserve(bytes));
+  }
+  if (range->bytes() != bytes) {
+    return Status(StatusCode::kInternal,
+                  "the heap of rank " + std::to_string(rank) + " has " +
+                      std::to_string(bytes) + " bytes, and had " +
+                      std::to_string(range->bytes()));
+  }
+  return range.get();
+}
+
+Status GroupMemory::SetWindow(size_t index, Window window) {
+  if (index == windows_.size()) {
+    windows_.push_back(window);
+    return OkStatus();
+  }
+  if (captured() && windows_[index].bytes != window.bytes) {
+    return Status(
+        StatusCode::kFailedPrecondition,
+        "window " + std::to_string(index) + " had " +
+            std::to_string(windows_[index].bytes) +
+            " bytes under the last Fabric of this mesh and name, of which XLA "
+            "holds calls in CUDA graphs; make the same windows in the same "
+            "order, or open the Fabric under another name=");
+  }
+  windows_[index] = window;
+  return OkStatus();
+}
+
+}  // namespace jaxfabric::cuda
