@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxfabric import _cuda, _current, _ffi
 from jaxfabric._config import config
@@ -39,9 +38,10 @@ from jaxfabric._mesh import (
     warn_if_pool_is_narrow,
 )
 from jaxfabric._rendezvous import Rendezvous
+from jaxfabric._time_limit import checked_limit
 from jaxfabric._trace import EVENTS_MAX, Trace, begin_trace
 from jaxfabric._trace_file import Recorded, recorded_ranks
-from jaxfabric._window import WINDOWS_MAX, Window
+from jaxfabric._window import WINDOWS_MAX, Window, checked_region
 
 _FINISH_POLL_S = 1e-3
 
@@ -100,11 +100,9 @@ class Fabric:
         settings = config.settings
         self.mesh = concrete_mesh(mesh)
         self.name = "default" if name is None else name
-        self.timeout_s = settings.timeout_s if timeout_s is None else float(timeout_s)
-        if not self.timeout_s > 0:
-            raise ValueError(
-                f"jf.Fabric: timeout_s={timeout_s} must be above 0 seconds"
-            )
+        self.timeout_s = checked_limit(
+            "jf.Fabric", settings.timeout_s if timeout_s is None else timeout_s
+        )
         self.key = stable_key(self.mesh, self.name)
         self._devices = list(self.mesh.devices.flat)
         self._processes = sorted({d.process_index for d in self._devices})
@@ -292,6 +290,7 @@ class Fabric:
           dtype: of its elements.
 
         Raises:
+          TypeError, ValueError: no shape, or no dtype of numbers in whole bytes.
           CapacityError: the windows do not fit ``window_bytes``.
           PlanMismatchError: processes asked for different windows.
 
@@ -300,8 +299,7 @@ class Fabric:
           win = fabric.window((4, 128), jnp.float32)   # 2 KiB on each rank
         """
         native = self.require_open()
-        shape = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
-        kind = np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+        shape, kind = checked_region(shape, dtype)
         if len(self._windows) == WINDOWS_MAX:
             raise from_status(8, f"a Fabric has at most {WINDOWS_MAX} windows")
         asked = f"{shape} {kind.name}"

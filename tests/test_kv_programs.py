@@ -164,6 +164,8 @@ def test_bad_operands_are_refused() -> None:
             send(None, 1, 0, x, at)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"kv is float32\[1, 2, 4, 8, 8\]"):
             send(tx, 1, 0, jnp.zeros((1, 2, 4, 8, 8)), at)
+        with pytest.raises(TypeError, match="pack elements of int4, 2 to a byte"):
+            send(tx, 1, 0, x.astype(jnp.int4), at)
         with pytest.raises(TypeError, match="kv is int32"):
             send(tx, 1, 0, x.astype(jnp.int32), at)
         with pytest.raises(TypeError, match=r"pages must be int32\[1\]"):

@@ -63,11 +63,48 @@ STATIC: list[tuple[str, Call, type[Exception], str]] = [
     ),
     ("offset", lambda w, x: put(w, x, offset=3), ValueError, "offset=3"),
     ("offset < 0", lambda w, x: put(w, x, offset=-1), ValueError, "offset=-1"),
+    (
+        "dst numpy",
+        lambda w, x: put(w, x, np.int64(N)),
+        ValueError,
+        f"dst={N}, but axis .* size {N}",
+    ),
+    (
+        "dst wraps",
+        lambda w, x: put(w, x, np.array(2**32 + 1)),
+        ValueError,
+        "dst holds 4294967297, beyond int32",
+    ),
+    (
+        "offset numpy",
+        lambda w, x: put(w, x, offset=np.int64(2**32)),
+        ValueError,
+        "offset=4294967296",
+    ),
+    (
+        "offsets wrap",
+        lambda w, x: scatter(w, x[:4], np.array([0, 0, 0, 2**32])),
+        ValueError,
+        "dst_offsets holds 4294967296",
+    ),
+    ("id float", lambda w, x: put(w, x, id=1.7), TypeError, "float"),
+    (
+        "packed",
+        lambda w, x: exchange(x.astype(jnp.int4), []),
+        TypeError,
+        "pack elements of int4, 2 to a byte",
+    ),
     ("id", lambda w, x: put(w, x, id=256), ValueError, "id=256 must be in 0..255"),
     ("id < 0", lambda w, x: wait(w, id=-1), ValueError, "id=-1 must be in 0..255"),
     ("count", lambda w, x: wait(w, count=-1), ValueError, "count=-1 must be in"),
     ("count big", lambda w, x: wait(w, count=1 << 31), ValueError, "count=2147483648"),
     ("timeout", lambda w, x: wait(w, timeout_s=0), ValueError, "timeout_s=0 must be"),
+    (
+        "timeout without end",
+        lambda w, x: wait(w, timeout_s=np.inf),
+        ValueError,
+        r"timeout_s=inf must be above 0 seconds and at most 1e\+09",
+    ),
     ("key", lambda w, x: wait(w, key=[]), TypeError, r"key=\[\] must be hashable"),
     (
         "token",
@@ -218,3 +255,44 @@ def test_a_time_limit_of_a_call() -> None:
         ):
             on_ranks(mesh, lambda x: wait(win, count=2, timeout_s=0.3))(X)
         assert isinstance(fabric.failure(), jf.DeadlineError)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "error", "text"),
+    [
+        ((-1,), np.float32, ValueError, "a length below zero"),
+        ((-1, -2), np.float32, ValueError, "a length below zero"),
+        ((2.5,), np.float32, TypeError, "float"),
+        ((2,), "U5", TypeError, "dtype <U5|not a valid"),
+        ((2,), jnp.int4, TypeError, "pack elements of int4"),
+        ((2,), jnp.float4_e2m1fn, TypeError, "pack elements of float4_e2m1fn"),
+    ],
+)
+def test_windows_that_cannot_be(
+    shape: Any, dtype: Any, error: type[Exception], text: str
+) -> None:
+    with jf.Fabric(make_mesh(N)) as fabric, pytest.raises(error, match=text):
+        fabric.window(shape, dtype)
+
+
+def test_known_wrapping_offsets_are_refused_with_x64() -> None:
+    """int64 that the program computes: some numbers would wrap."""
+    mesh = make_mesh(N)
+    with jax.enable_x64(True), jf.Fabric(mesh) as fabric:
+        win = fabric.window((8,), jnp.float32)
+        program = on_ranks(
+            mesh,
+            lambda x: put(win, x, offset=jnp.int64(0) + x.astype(jnp.int64)[0]),
+        )
+        with pytest.raises(TypeError, match="offset is int64"):
+            program(X)
+
+
+def test_random_keys_are_exchanged() -> None:
+    mesh = make_mesh(N)
+    keys = jax.random.split(jax.random.key(7), N)
+    ring = [(i, (i + 1) % N) for i in range(N)]
+    with jf.Fabric(mesh):
+        got = on_ranks(mesh, lambda x: exchange(x, ring))(keys)
+    want = np.roll(jax.random.key_data(keys), 1, axis=0)
+    np.testing.assert_array_equal(jax.random.key_data(got), want)

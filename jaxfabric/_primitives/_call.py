@@ -12,6 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxfabric import _axes, _cuda, _current, _ffi, _sites
+from jaxfabric._time_limit import checked_limit
 
 TOKEN_SHAPE = (1,)
 
@@ -64,9 +65,7 @@ def checked_timeout(op: str, timeout_s: float | None) -> float:
     """``timeout_s`` in seconds, 0 for ``None``; raises ValueError."""
     if timeout_s is None:
         return 0.0
-    if not timeout_s > 0:
-        raise ValueError(f"{op}: timeout_s={timeout_s} must be above 0 seconds")
-    return float(timeout_s)
+    return checked_limit(op, timeout_s)
 
 
 def _hashable(op: str, key: Hashable) -> Hashable:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.interpreters import batching
 
 from jaxfabric import _axes
+from jaxfabric._dtypes import refuse_packed
 from jaxfabric._primitives import _call
 
 Permutation = tuple[tuple[int, int], ...]
@@ -34,7 +35,7 @@ def exchange(
     exchange along the inverse permutation.
 
     Args:
-      x: any shape and dtype, equal on all ranks.
+      x: any shape, and dtype of whole bytes, equal on all ranks.
       perm: pairs (source, destination) of indices on the axis; each index at most
         once as source and once as destination. Static, equal on all ranks.
       axis_name: mesh axis, or tuple of axes.
@@ -47,6 +48,7 @@ def exchange(
       (y, token): y of the shape and dtype of ``x``, and the next token.
 
     Raises:
+      TypeError: elements of ``x`` have less than a byte.
       ValueError: ``perm`` is no permutation of the axis.
       FabricError: no open Fabric has the axis.
 
@@ -60,9 +62,9 @@ def exchange(
         "exchange", axis_name, fabric, timeout_s=timeout_s, key=key
     )
     pairs = _checked(perm, size, axis)
-    x, token = _axes.unify(
-        axis, jnp.asarray(x), _call.checked_token("jf.exchange", token)
-    )
+    x = jnp.asarray(x)
+    refuse_packed("jf.exchange", x.dtype)
+    x, token = _axes.unify(axis, x, _call.checked_token("jf.exchange", token))
     return _exchange(call, pairs, x, token)
 
 

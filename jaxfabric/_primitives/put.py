@@ -11,7 +11,13 @@ import numpy as np
 
 from jaxfabric import _axes
 from jaxfabric._primitives import _call
-from jaxfabric._primitives.window import check_id, check_operand, check_window, scalar
+from jaxfabric._primitives.window import (
+    check_id,
+    check_operand,
+    check_window,
+    known,
+    scalar,
+)
 from jaxfabric._window import Window
 
 
@@ -66,9 +72,10 @@ def put(
     check_window(op, win, call)
     x = jnp.asarray(x)
     check_operand(op, win, x, x.size)
-    if isinstance(dst, int) and dst >= size:
+    if (to := known(dst)) is not None and to >= size:
         raise ValueError(f"{op}: dst={dst}, but axis {axis} has size {size}")
-    if isinstance(offset, int) and not 0 <= offset <= win.size - x.size:
+    begin = known(offset)
+    if begin is not None and not 0 <= begin <= win.size - x.size:
         raise ValueError(
             f"{op}: offset={offset} and {x.size} elements do not fit a window of "
             f"{win.size}"

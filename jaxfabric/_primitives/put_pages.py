@@ -11,7 +11,14 @@ import numpy as np
 
 from jaxfabric import _axes
 from jaxfabric._primitives import _call
-from jaxfabric._primitives.window import check_id, check_operand, check_window, scalar
+from jaxfabric._primitives.window import (
+    check_id,
+    check_operand,
+    check_window,
+    indices,
+    known,
+    scalar,
+)
 from jaxfabric._window import Window
 
 
@@ -75,14 +82,15 @@ def put_pages(
             "must be alike but for the first axis, which counts pages"
         )
     check_operand(op, win, pages, min(pages.size, win.size))
-    src_idx, dst_idx = jnp.asarray(src_idx), jnp.asarray(dst_idx)
+    src_idx = indices(op, "src_idx", src_idx)
+    dst_idx = indices(op, "dst_idx", dst_idx)
     for name, index in (("src_idx", src_idx), ("dst_idx", dst_idx)):
         if index.ndim != 1 or index.dtype != jnp.int32 or index.shape != src_idx.shape:
             raise TypeError(
                 f"{op}: {name} must be int32[{src_idx.size}], one entry per page, got "
                 f"{index.dtype.name}{list(index.shape)}"
             )
-    if isinstance(dst, int) and dst >= size:
+    if (to := known(dst)) is not None and to >= size:
         raise ValueError(f"{op}: dst={dst}, but axis {axis} has size {size}")
     operands = _axes.unify(
         axis,

@@ -11,7 +11,12 @@ import numpy as np
 
 from jaxfabric import _axes
 from jaxfabric._primitives import _call
-from jaxfabric._primitives.window import check_id, check_operand, check_window
+from jaxfabric._primitives.window import (
+    check_id,
+    check_operand,
+    check_window,
+    indices,
+)
 from jaxfabric._window import Window
 
 
@@ -61,7 +66,7 @@ def scatter(
     )
     check_window(op, win, call)
     x = jnp.asarray(x)
-    dst_offsets = jnp.asarray(dst_offsets)
+    dst_offsets = indices(op, "dst_offsets", dst_offsets)
     if x.ndim < 1 or x.shape[0] != size:
         raise ValueError(
             f"{op}: x has shape {x.shape}, but axis {axis} has size {size}; give one "

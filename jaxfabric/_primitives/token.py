@@ -19,6 +19,6 @@ def token() -> jax.Array:
 
       tok = jf.token()
       tok = jf.put(win, x, dst, axis_name="x", token=tok)
-      y, tok = jf.wait(win, count=1, token=tok)
+      y, tok = jf.wait(win, count=1, axis_name="x", token=tok)
     """
     return jnp.zeros(TOKEN_SHAPE, jnp.float32)

@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jaxfabric import _ffi
+from jaxfabric._dtypes import refuse_packed
 from jaxfabric._primitives import _call
 from jaxfabric.kv._programs import find_programs
 from jaxfabric.kv._sender import PageSender
@@ -65,9 +66,10 @@ def send_layer(
       float32[1], the next token. The call is kept only if the token is used.
 
     Raises:
-      TypeError, ValueError: the operands do not fit the layout; in the program, a page
-        is out of range, or the sender was closed. A request that had this layer already
-        fails by itself.
+      TypeError, ValueError: the operands do not fit the layout, or have elements of
+        less than a byte (send their bytes, as uint8); in the program, a page is out of
+        range, or the sender was closed. A request that had this layer already fails by
+        itself.
 
     Example::
 
@@ -105,6 +107,7 @@ def _check(
     if not isinstance(sender, PageSender):
         raise TypeError(f"{_OP}: sender is a {type(sender).__name__}, not a PageSender")
     layout = sender.layout
+    refuse_packed(_OP, kv.dtype)
     if kv.dtype != layout.numpy_dtype or kv.shape[1:] != layout.shape[2:]:
         raise TypeError(
             f"{_OP}: kv is {kv.dtype}{list(kv.shape)}, and pages of the sender are "

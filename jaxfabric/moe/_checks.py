@@ -5,13 +5,13 @@ Each message says what was asked, what was found, and the line to change.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxfabric._time_limit import checked_limit
 from jaxfabric.moe import _wire
 from jaxfabric.moe._plan import Config
 
@@ -135,11 +135,8 @@ def call(op: str, name: Any, key: Any, timeout_s: float | None) -> None:
             f"{op}: key must be a static hashable value (a str or an int), got "
             f"{type(key).__name__}"
         )
-    if timeout_s is not None and not 0 < timeout_s < math.inf:
-        raise ValueError(
-            f"{op}: timeout_s must be a positive number of seconds, got {timeout_s}; "
-            "None inherits the Fabric's"
-        )
+    if timeout_s is not None:
+        checked_limit(op, timeout_s, "; None inherits the Fabric's")
 
 
 def token(op: str, value: jax.Array | None) -> jax.Array:
