@@ -289,6 +289,14 @@ def test_environment_of_a_rank() -> None:
     assert own["JAX_LOCAL_DEVICE_IDS"] == "6,7"
 
 
+def test_whoever_has_gpus_is_told_of_cpu_ranks(tmp_path: pathlib.Path) -> None:
+    assert _processes.platform_note({}, tmp_path) == ""  # no GPU
+    (tmp_path / "0000:00:04.0").mkdir()
+    assert "JAX_PLATFORMS=cuda" in _processes.platform_note({}, tmp_path)
+    assert _processes.platform_note({"JAX_PLATFORMS": "cpu"}, tmp_path) == ""
+    assert _processes.platform_note({}, tmp_path / "absent") == ""
+
+
 def test_lines_of_a_progress_bar_show_its_last_state(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

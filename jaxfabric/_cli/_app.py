@@ -54,6 +54,7 @@ cluster. A script that calls jax.distributed.initialize() itself works too.
   jaxfabric run -n 4 train.py --steps 100
   jaxfabric run -n 2 --devices-per-process 4 train.py
   jaxfabric run -n 4 --timeout-s 60 train.py   # stacks of all ranks after 60 s
+  JAX_PLATFORMS=cuda jaxfabric run -n 2 train.py      # on GPUs; else on the CPU
 
 Lines are prefixed with their rank. The first rank that fails decides the exit
 code (128 + the signal's number if a signal ended it), and its traceback comes

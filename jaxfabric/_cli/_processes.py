@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\S+")
@@ -54,6 +55,18 @@ def child_environment(
     env["PYTHONUNBUFFERED"] = "1"
     env["PYTHONFAULTHANDLER"] = "1"
     return env
+
+
+def platform_note(
+    environment: Mapping[str, str], gpus: Path = Path("/proc/driver/nvidia/gpus")
+) -> str:
+    """What to say where ranks run on CPUs though there are GPUs, or an empty string."""
+    if "JAX_PLATFORMS" in environment or not gpus.is_dir() or not any(gpus.iterdir()):
+        return ""
+    return (
+        "jaxfabric run: the ranks use CPU devices; for this machine's GPUs set "
+        "JAX_PLATFORMS=cuda (and JAX_PLATFORMS=cpu not to be told)"
+    )
 
 
 class LocalPort:

@@ -283,6 +283,8 @@ def run(job: Job) -> int:
     """
     screen = _output.is_screen()
     sys.stdout.flush()
+    if note := _processes.platform_note(os.environ):
+        print(note, file=sys.stderr, flush=True)
     port = _processes.LocalPort()
     ranks: list[_Rank] = []
     try:
