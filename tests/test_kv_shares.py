@@ -95,14 +95,15 @@ def test_a_sender_that_hangs_keeps_no_other_one_from_its_grants() -> None:
 class Hangs:
     """The future of a write that does not end before it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: jf.FabricError | None = None) -> None:
+        self._error = error or jf.FabricError("it was cut off")
         self._callbacks: list[Callable[[Any], object]] = []
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         self._callbacks.append(callback)
 
     def exception(self, _: float) -> jf.FabricError:
-        return jf.FabricError("it was cut off")
+        return self._error
 
     def cancel(self) -> None:
         return None
@@ -273,3 +274,29 @@ def test_another_receiver_on_the_engine_takes_no_counts_of_the_first_one() -> No
                 rx = jf.kv.PageReceiver(rx.engine, rx.layout, pool=rx._memory.region)
         tx.close()
         rx.close()
+
+
+def test_the_loss_of_a_peer_is_named_though_a_later_write_was_refused_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with sides("shm", [layout()], [layout()]) as ((tx,), (rx,)):
+        peer = connected(tx, rx)
+        first = Hangs(jf.PeerLostError("the peer is silent", (peer,)))
+
+        posted = []
+
+        def writes(*_: Any, **__: Any) -> Any:
+            if posted:
+                raise jf.FabricError("an earlier transfer ended badly")
+            posted.append(first)
+            return first
+
+        monkeypatch.setattr(tx.engine, "submit_paged_writes", writes)
+        with rx.expect(1, TOKENS):
+            sending = tx.begin(1, peer, pages=[0, 1, 2], num_tokens=TOKENS)
+            for number in range(2):
+                sending.send(number)
+            until(lambda: sending._failure is not None)
+            first.end()
+            with pytest.raises(jf.PeerLostError, match="silent"):
+                sending.result(5)

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from jaxfabric._errors import FabricError
+from jaxfabric._errors import FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.kv._layout import PageLayout
 from jaxfabric.kv._life_cycle import Event, State
@@ -190,7 +190,7 @@ class Deliveries:
             else:
                 leg.spoilt = True
         if error is not None:
-            self._fail(leg.sending, error)
+            self._fail_write(leg.sending, error)
         self._settle(leg.sending)
         self._pump()
 
@@ -215,6 +215,15 @@ class Deliveries:
         with self._lock:
             request = self._requests.get(request_id)
         return request is not None and self._fail(request, error)
+
+    def _fail_write(self, request: Sending, error: FabricError) -> None:
+        """The loss of a peer is why its other writes were refused, before or after."""
+        with self._lock:
+            if request._failed_write and isinstance(error, PeerLostError):
+                request._failure = error
+            if request._failure is None:
+                request._failed_write = True
+        self._fail(request, error)
 
     def _fail(self, request: Sending, error: FabricError) -> bool:
         """Gives up all that is not over; what is under way still has to end."""

@@ -132,6 +132,7 @@ class Sending(Outcome):
         self._tail: bytes | None = None
         self._timer: Any = None
         self._failure: FabricError | None = None
+        self._failed_write = False  # what failed was a write
         self._begin = time.monotonic()
 
     def send(self, layer: int, tokens: tuple[int, int] | None = None) -> None:
