@@ -166,7 +166,8 @@ std::string Endpoint::DescribeMissing(MatchKey key) const {
   }
   const std::string unmatched = matches_.DescribeUnmatched();
   if (!unmatched.empty()) {
-    text += "; what came instead matches no call here: " + unmatched;
+    text += text.empty() ? "" : "; ";
+    text += "what came instead matches no call here: " + unmatched;
   }
   return text + " (do all ranks run the same program, on the same shapes?)";
 }
