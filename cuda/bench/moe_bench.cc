@@ -2,7 +2,7 @@
 // probes beside them.
 //
 //   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids|push]
-//                  [blocks]
+//                  [blocks] [MiB between arrays]
 //
 // A graph holds a barrier and then a chain of one operation between two events,
 // and is launched on all devices. A time is what the slower rank took for the
@@ -418,6 +418,10 @@ int main(int argc, char** argv) {
   if (!missing.empty()) {
     std::printf("skipped: %s\n", missing.c_str());
     return 0;
+  }
+  if (argc > 3) {
+    jaxfabric::cuda::DeviceBuffer::bytes_apart =
+        std::strtoul(argv[3], nullptr, 10) << 20;
   }
   jaxfabric::cuda::Main(argc > 1 ? argv[1] : "all",
                         argc > 2 ? std::atoi(argv[2]) : 128);
