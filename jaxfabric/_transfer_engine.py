@@ -24,6 +24,7 @@ from jaxfabric._interfaces import (
 from jaxfabric._libfabric import libfabric_path
 from jaxfabric._mesh import TRANSPORTS, transport_options
 from jaxfabric._net_addr import NetAddr
+from jaxfabric._time_limit import checked_limit
 from jaxfabric._transfer_base import native_errors
 from jaxfabric._transfer_future import TransferFuture
 from jaxfabric._transfer_memory import Region, address_of, as_array
@@ -124,11 +125,9 @@ class TransferEngine(Messages, Writes):
         chaos: Mapping[str, float] | None = None,
     ) -> None:
         settings = config.settings
-        self.timeout_s = settings.timeout_s if timeout_s is None else float(timeout_s)
-        if not self.timeout_s > 0:
-            raise ValueError(
-                f"jf.TransferEngine: timeout_s={timeout_s} must be above 0 seconds"
-            )
+        self.timeout_s = checked_limit(
+            "jf.TransferEngine", settings.timeout_s if timeout_s is None else timeout_s
+        )
         for what, seconds, above in (
             ("heartbeat_s", heartbeat_s, 0.0),
             ("peer_timeout_s", peer_timeout_s, heartbeat_s),
@@ -304,10 +303,15 @@ class TransferEngine(Messages, Writes):
             said in time that its writes into it have ended; it names them. The region
             stays registered, but peers that have heard write no more into it: call
             again, or `disconnect` the peer.
-          FabricError: over ``ofi/tcp`` with libfabric 1, a peer was lost that may
-            still have writes into it under way: the region stays registered until
-            `close`. That of libfabric 2 cuts the peer off.
+          FabricError: it is not registered here. Or, over ``ofi/tcp`` with libfabric 1,
+            a peer was lost that may still have writes into it under way: the region
+            stays registered until `close`. That of libfabric 2 cuts the peer off.
         """
+        if self._regions.get(region.key) is not region:
+            raise FabricError(
+                f"unregister_memory: {region!r} is not registered with this engine, or "
+                "no longer"
+            )
         with native_errors():
             native = self._native.unregister_memory(region.key, timeout_s)
         self._future(native).result()

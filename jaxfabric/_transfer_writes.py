@@ -19,7 +19,7 @@ IDS_MAX = 1 << 27
 class ScatterTarget(NamedTuple):
     """One slice of a scatter: where it goes, where it is, and how long it is."""
 
-    desc: MrDesc
+    desc: MrDesc | bytes
     source_offset: int = 0
     target_offset: int = 0
     nbytes: int = 0
@@ -77,12 +77,30 @@ def _check_range(what: str, offset: int, nbytes: int, size: int) -> None:
         )
 
 
+def _describing(target: MrDesc | bytes, what: str) -> MrDesc:
+    """The peer's memory, also as bytes that `MrDesc.to_bytes` gave."""
+    if isinstance(target, MrDesc):
+        return target
+    if isinstance(target, (bytes, bytearray, memoryview)):
+        return MrDesc.from_bytes(bytes(target))
+    hint = "; pass region.desc of the peer's region" * isinstance(target, Region)
+    raise TypeError(
+        f"{what}: the target is a {type(target).__name__}, not an MrDesc or its bytes"
+        f"{hint}"
+    )
+
+
 class Writes(TransferBase):
     """The part of TransferEngine that writes, and waits for what was written."""
 
     def _locate(self, source: Any, what: str) -> tuple[int, int, int]:
         """The region, offset and size of a Region, or of an array within one."""
         if isinstance(source, Region):
+            if self._regions.get(source.key) is not source:
+                raise FabricError(
+                    f"{what}: {source!r} is not registered with this engine, or no "
+                    "longer; pass what its own register_memory() or alloc() gave"
+                )
             return source.key, 0, source.nbytes
         array = as_array(source, what)
         begin = address_of(array)
@@ -98,7 +116,7 @@ class Writes(TransferBase):
     def submit_single_write(
         self,
         source: Any,
-        target: MrDesc,
+        target: MrDesc | bytes,
         id: int | None = None,
         *,
         source_offset: int = 0,
@@ -113,7 +131,7 @@ class Writes(TransferBase):
 
         Args:
           source: a `Region`, or an array that lies within one.
-          target: the peer's description of its region.
+          target: the peer's description of its region, or that as bytes.
           id: counted under at the receiver, below 2**27; ``None`` counts nowhere.
           source_offset: in bytes, from the begin of ``source``.
           target_offset: in bytes, from the begin of the target region.
@@ -121,17 +139,21 @@ class Writes(TransferBase):
           timeout_s: of the operation; ``None`` is the engine's.
 
         Raises:
-          FabricError: out of range, or not a peer's; nothing was written.
+          FabricError: out of range, or not a peer's; or ``source`` is not registered
+            here; nothing was written.
+          ValueError: ``id`` is out of range.
 
         Example::
 
           engine.submit_single_write(kv[layer], desc, id=layer, target_offset=4096)
         """
         # Small writes are many: what is right costs no call here.
-        if type(source) is Region:
+        if type(source) is Region and self._regions.get(source.key) is source:
             key, begin, size = source.key, 0, source.nbytes
         else:
             key, begin, size = self._locate(source, "submit_single_write")
+        if type(target) is not MrDesc:
+            target = _describing(target, "submit_single_write")
         length = max(0, size - source_offset) if nbytes is None else nbytes
         if not 0 <= source_offset <= size - length <= size or target_offset < 0:
             _check_sizes(
@@ -159,7 +181,7 @@ class Writes(TransferBase):
         self,
         source: Any,
         source_pages: Any,
-        target: MrDesc,
+        target: MrDesc | bytes,
         target_pages: Any,
         page_bytes: int,
         id: int | None = None,
@@ -182,6 +204,7 @@ class Writes(TransferBase):
         """
         what = "submit_paged_writes"
         key, begin, size = self._locate(source, what)
+        desc = _describing(target, what)
         strides = [
             page_bytes if stride is None else stride
             for stride in (source_stride, target_stride)
@@ -205,7 +228,7 @@ class Writes(TransferBase):
                     pages,
                     strides[0],
                     begin + source_offset,
-                    target.native,
+                    desc.native,
                     page_indices(target_pages, what),
                     strides[1],
                     target_offset,
@@ -240,6 +263,7 @@ class Writes(TransferBase):
             desc, *sizes = ScatterTarget(*target)
             _check_sizes("submit_scatter", offsets_and_nbytes=min(sizes))
             _check_range("submit_scatter", sizes[0], sizes[2], size)
+            desc = _describing(desc, "submit_scatter")
             native.append((desc.native, begin + sizes[0], sizes[1], sizes[2]))
         with native_errors():
             return self._future(

@@ -40,6 +40,52 @@ def altered(data: bytes, at: int, value: int) -> bytes:
     return data[:at] + bytes([value]) + data[at + 1 :]
 
 
+def test_a_region_of_another_engine(pair: Pair) -> None:
+    """Regions are numbered alike in all engines, and two of one process are usual."""
+    a, b, _, region = pair
+    a.alloc(64)
+    mine, theirs = a.alloc(64), b.alloc(64)
+    assert mine.key == theirs.key
+    for call in (
+        lambda: a.submit_single_write(theirs, region.desc, 1),
+        lambda: a.submit_paged_writes(theirs, [0], region.desc, [0], 64, 1),
+        lambda: a.submit_scatter(theirs, [jf.ScatterTarget(region.desc)], 1),
+        lambda: a.unregister_memory(theirs),
+    ):
+        with pytest.raises(
+            jf.FabricError, match=r"Region\(.* is not registered with this"
+        ):
+            call()
+    a.unregister_memory(mine)
+    with pytest.raises(jf.FabricError, match="or no longer"):
+        a.submit_single_write(mine, region.desc, 1)
+
+
+def test_what_is_no_description(pair: Pair) -> None:
+    a, _, _, region = pair
+    source = a.alloc(8)
+    target: Any
+    for target, error, match in (
+        (region, TypeError, r"a Region, not an MrDesc or its bytes; pass region\.desc"),
+        (None, TypeError, "a NoneType, not an MrDesc"),
+        (b"x" * 40, jf.FabricError, "not the description"),
+    ):
+        for call in (
+            lambda target=target: a.submit_single_write(source, target, 1),
+            lambda target=target: a.submit_paged_writes(source, [0], target, [0], 8, 1),
+            lambda target=target: a.submit_scatter(
+                source, [jf.ScatterTarget(target)], 1
+            ),
+        ):
+            with pytest.raises(error, match=match):
+                call()
+    source.array[:] = 7
+    a.submit_single_write(source, region.desc.to_bytes(), 3, nbytes=8).result()
+    pair.b.imm_counter(3).wait(1)
+    assert set(region.array[:8]) == {7}
+    region.array[:8] = POISON
+
+
 def test_a_malformed_address(pair: Pair) -> None:
     good = pair.b.address().to_bytes()
     for bad in (b"", b"x" * 100, good[:-1], good[:40], good + b"x"):
