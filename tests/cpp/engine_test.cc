@@ -229,6 +229,27 @@ TEST_P(EngineTest, ADeadlineNamesTheMissingRankAndReachesThePeers) {
   EXPECT_EQ(Await(after).code(), StatusCode::kDeadlineExceeded);
 }
 
+TEST_P(EngineTest, AMessageThatFitsNoMailboxFailsAllRanksAtOnce) {
+  EngineCluster cluster =
+      Open(2, [](EngineOptions& options) { options.mailbox_bytes = 4096; });
+  const auto start = [&](uint32_t rank) {
+    return StartCall(cluster[rank], {.rank = rank,
+                                     .key = kKey,
+                                     .peers = {1 - rank},
+                                     .bytes = [](uint32_t from, uint32_t) {
+                                       return uint64_t{from} * 5000;
+                                     }});
+  };
+  // What rank 1 waits for comes, so that its own call is over.
+  EndedCall waits = start(0);
+  EndedCall too_large = start(1);
+  for (EndedCall* call : {&too_large, &waits}) {
+    const Status status = Await(*call);
+    EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
+    EXPECT_THAT(status.message(), HasSubstr("does not fit a mailbox"));
+  }
+}
+
 TEST_P(EngineTest, WhoClosesFailsThoseThatStillNeedIt) {
   EngineCluster cluster = Open(2);
   cluster.ExpectCallWorks(kKey, 8);

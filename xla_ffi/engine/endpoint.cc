@@ -165,6 +165,7 @@ std::string Endpoint::DescribeMissing(MatchKey key) const {
     }
   }
   const std::string unmatched = matches_.DescribeUnmatched();
+  if (text.empty() && unmatched.empty()) return "";
   if (!unmatched.empty()) {
     text += text.empty() ? "" : "; ";
     text += "what came instead matches no call here: " + unmatched;
@@ -184,15 +185,18 @@ void Endpoint::Send(Outgoing outgoing) {
     }
     if (peer.lost || operation->failed()) return;
     if (outgoing.bytes > options_.heap.mailbox_bytes) {
-      operation->Fail(
-          Status(StatusCode::kResourceExhausted,
-                 operation->label() + ": a message of " +
-                     std::to_string(outgoing.bytes) + " bytes to rank " +
-                     std::to_string(outgoing.destination) +
-                     " does not fit a mailbox of " +
-                     std::to_string(options_.heap.mailbox_bytes) +
-                     " bytes; raise JAXFABRIC_MAILBOX_BYTES on all ranks"));
-      return;
+      const Status too_large(
+          StatusCode::kResourceExhausted,
+          operation->label() + ": a message of " +
+              std::to_string(outgoing.bytes) + " bytes to rank " +
+              std::to_string(outgoing.destination) +
+              " does not fit a mailbox of " +
+              std::to_string(options_.heap.mailbox_bytes) +
+              " bytes; raise JAXFABRIC_MAILBOX_BYTES on all ranks");
+      lock.unlock();
+      operation->Fail(too_large);
+      // Its receiver would wait in vain.
+      return lost_({std::nullopt, /*told=*/false, too_large});
     }
     std::deque<Outgoing>& waiting = peer.outbox.waiting();
     if (waiting.empty()) place = peer.outbox.Reserve(outgoing.bytes);
@@ -262,9 +266,14 @@ void Endpoint::PackAndPost(const Outgoing& outgoing, Outbox::Place place) {
   const Status posted = Write(name, pieces, id, [&peer, slot = place.slot] {
     peer.outbox.Written(slot);
   });
-  if (!posted.ok()) {
-    outgoing.operation->Fail(posted.Annotate(outgoing.operation->label()));
-  }
+  if (!posted.ok()) Unposted(outgoing.operation, posted);
+}
+
+// Whoever waits for it would wait in vain. Runs under mutex_.
+void Endpoint::Unposted(const OperationPtr& operation, const Status& why) {
+  const Status failed = why.Annotate(operation->label());
+  operation->Fail(failed);
+  failed_writes_.push_back({std::nullopt, /*told=*/false, failed});
 }
 
 // Runs under mutex_, and so does `done`. What fails after the caller's
@@ -405,7 +414,7 @@ void Endpoint::Put(uint32_t name, std::vector<WindowPart> parts, uint32_t slot,
   const TransferId id = {options_.rank, IdKind::kWindow, slot};
   std::lock_guard<std::mutex> lock(mutex_);
   const Status posted = Write(name, {}, id, [] {});
-  if (!posted.ok()) operation->Fail(posted.Annotate(operation->label()));
+  if (!posted.ok()) Unposted(operation, posted);
 }
 
 // Puts go in order, as staging memory allows. Runs under mutex_.
@@ -434,7 +443,7 @@ void Endpoint::PumpPuts() {
         put.peer, pieces, id, [this, span = *span] { put_spans_.Free(span); });
     if (!posted.ok()) {
       put_spans_.Free(*span);
-      put.operation->Fail(posted.Annotate(put.operation->label()));
+      Unposted(put.operation, posted);
     }
   }
 }

@@ -150,6 +150,7 @@ class Endpoint {
   static bool Gone(const Peer& peer);
   Status OpenHeap();
   StatusOr<std::vector<uint64_t>> Register(const SharedMemory& memory);
+  void Unposted(const OperationPtr& operation, const Status& why);
   Status Write(uint32_t peer, const std::vector<Piece>& pieces, TransferId id,
                std::function<void()> done);
   void PackAndPost(const Outgoing& outgoing, Outbox::Place place);
