@@ -283,7 +283,7 @@ def test_the_loss_of_a_peer_is_named_though_a_later_write_was_refused_first(
         peer = connected(tx, rx)
         first = Hangs(jf.PeerLostError("the peer is silent", (peer,)))
 
-        posted = []
+        posted: list[Hangs] = []
 
         def writes(*_: Any, **__: Any) -> Any:
             if posted:

@@ -40,7 +40,7 @@ def test_one_that_hangs_does_not_hold_up_the_others() -> None:
                 return Hangs()
             return real(source, target, *rest, **more)
 
-        sender.engine.submit_single_write = submit  # type: ignore[method-assign]
+        sender.engine.submit_single_write = submit  # type: ignore[method-assign, assignment]
         arrays = whole_arrays(SOURCE)
         push = sender.push(arrays, 1, timeout_s=3.0)
         assert_tiles(SOURCE, arrays, other.take(1, PATIENCE_S).params)
