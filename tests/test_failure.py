@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -536,7 +537,8 @@ def no_leaks(fail: bool) -> None:
     token = place(mesh, np.zeros(mesh.size, np.float32))
     f = mapped(mesh, lambda t: jf.barrier(AXIS, token=t))
     before: tuple[int, ...] = ()
-    files = shared_memory()
+    gc.collect()  # engines of earlier tests, whose cycles keep their regions mapped
+    files, mapped_before = shared_memory(), mappings()
     for cycle in range(CYCLES + 5):
         with jf.Fabric(mesh) as fabric:
             if cycle % 2 == 0:
@@ -547,7 +549,7 @@ def no_leaks(fail: bool) -> None:
             settled(threads_of_fabrics, 0)
             before = (count_fds(), len(os.listdir("/proc/self/task")))
     assert settled(threads_of_fabrics, 0) == 0
-    assert settled(mappings, 0) == 0
+    assert settled(mappings, mapped_before) <= mapped_before
     assert settled(count_fds, before[0]) <= before[0]
     # XLA's and the elastic pool's threads vary by a few.
     most = before[1] + 8

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,7 @@ from weights_cases import whole_arrays
 import jaxfabric as jf
 
 P = PartitionSpec
+JOBS_S = 120
 
 
 def on(mesh: Mesh, *spec: str | None) -> NamedSharding:
@@ -181,3 +186,51 @@ def test_the_page_about_weights_is_one_program(tmp_path: Path) -> None:
     assert "experts.w1 is float32 at the source and experts.w1 is bfloat16" in printed
     assert "{'sampler/0': 'Receipt'}" in printed
     assert "still version 2" in printed
+    assert "rank 0 of the sampler takes at most 1.13 GiB" in printed
+
+
+@pytest.mark.example
+def test_the_two_jobs_of_the_page_meet(tmp_path: Path) -> None:
+    """Its three files, and the commands that it gives for them."""
+    pytest.importorskip("optax", reason="the jobs need jaxfabric[examples]")
+    page = (ROOT / "docs/weights.md").read_text()
+    files = re.findall(r"^```python title=(\S+)\n(.*?)^```", page, re.M | re.S)
+    assert [name for name, _ in files] == ["model.py", "trainer.py", "sampler.py"]
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("secret")
+    launcher = ["-m", "jaxfabric._cli", "run", "-n", "2"]
+    commands = [
+        [sys.executable, str(tmp_path / "sampler.py"), str(tmp_path)],
+        [sys.executable, *launcher, str(tmp_path / "trainer.py"), str(tmp_path)],
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, text=True
+                )
+            )
+            stack.callback(process.kill)
+            started.append(process)
+        printed = "".join(one.communicate(timeout=JOBS_S)[0] for one in started)
+    assert [one.returncode for one in started] == [0, 0], printed
+    assert "sampler: after 115 comes 116, says version 20" in printed
+
+
+def test_a_program_may_end_without_closing_anything(tmp_path: Path) -> None:
+    """Nothing is left that the interpreter's end would complain about."""
+    program = tmp_path / "page.py"
+    program.write_text(blocks(ROOT / "docs/weights.md")[0])
+    done = subprocess.run(
+        [sys.executable, "-P", str(program)],
+        capture_output=True,
+        text=True,
+        timeout=JOBS_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -152,17 +152,18 @@ class Drill:
             self.endings[f"take: {answer.failure.kind}"] += 1
 
     def _check_push(self, outcomes: list[dict[str, str]], *, in_vain: bool) -> None:
+        living = {f"{r.name}/{r.number}": r for r in self.ranks["sampler"] if r.alive}
         for version, by_name in zip(self._versions, outcomes, strict=True):
+            assert in_vain or by_name.keys() >= living.keys(), self._story(f"{by_name}")
             for name, kind in by_name.items():
                 self.endings[f"push: {kind}"] += 1
-                if kind in ("Receipt", "OutcomeUnknownError"):
-                    assert in_vain or kind == "Receipt", self._story(f"{by_name}")
-                    continue
+                rank = living.get(name)
+                if kind == "Receipt" or rank is None:
+                    continue  # a dead one's end may not have been noticed before
                 assert in_vain, self._story(f"version {version}: {by_name}")
-                for rank in self.ranks["sampler"]:
-                    if name == f"{rank.name}/{rank.number}":
-                        denied = self._denied[rank.name, rank.connects]
-                        denied.add(key_of(version, self._trainer))
+                if kind != "OutcomeUnknownError":
+                    denied = self._denied[rank.name, rank.connects]
+                    denied.add(key_of(version, self._trainer))
 
     def _look(self) -> None:
         """What a sampler that lives has is a whole version, or it says why not."""

@@ -237,6 +237,22 @@ def test_late_receivers_do_not_hold_up_a_push(monkeypatch: pytest.MonkeyPatch) -
             assert_tiles(target, arrays_of(2), taken.params)
 
 
+def test_half_a_trainer_gives_no_version() -> None:
+    """What one rank pushes is there, but not visible, before the other one's part."""
+    target = tree(mesh(1), leaf("w", (64, 96)), leaf("b", (6,)))
+    with jobs("shm", SOURCE, target, join=False) as both:
+        (receiver,) = both.receivers
+        receiver.connect(both.addresses()[:1])
+        pushes = both.push(arrays_of(1), 1)
+        with pytest.raises(jf.DeadlineError, match="version 1 has not come"):
+            receiver.take(1, timeout_s=0.2)
+        assert receiver.version == 0
+        receiver.connect(both.addresses()[1:])
+        assert_tiles(target, arrays_of(1), receiver.take(1).params)
+        for push in pushes:
+            push.wait(PATIENCE_S)
+
+
 def test_connecting_again_outlives_what_was_under_way() -> None:
     """A write into the ring of before fails, which is no news to the ring of now."""
     source = tree(mesh(1), leaf("w", (64, 1 << 13)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 import jaxfabric as jf
 
+TRAINER = "trainer"  # how many ranks it has, and when it was started
 GOODBYE = b"goodbye"  # the sampler's last message
 LEADER = "sampler.weights"  # its first rank's address, for the others
 _POLL_S = 0.02
@@ -30,12 +32,14 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     add("--folder", type=pathlib.Path, required=True, help="where the jobs meet")
     add("--transport", default="shm", help="of weights and batches")
     add("--steps", type=int, default=60, help="of reinforcement learning")
-    add("--warm-steps", type=int, default=16, help="of supervised learning before")
+    add("--warm-share", type=float, default=0.4, help="right answers before that")
     add("--batch", type=int, default=256, help="answers of a step")
     add("--group", type=int, default=8, help="answers to each prompt")
     add("--ahead", type=int, default=1, help="batches that may wait for the trainer")
     add("--learning-rate", type=float, default=1e-3, help="of reinforcement learning")
     add("--warm-learning-rate", type=float, default=3e-3, help="before that")
+    add("--checkpoints", type=pathlib.Path, help="folder of the trainer's")
+    add("--save-every", type=int, default=5, help="steps between two checkpoints")
     add("--seed", type=int, default=0)
     add("--timeout-s", type=float, default=120.0, help="of each operation")
     return parser.parse_args()
@@ -59,15 +63,24 @@ def publish(options: argparse.Namespace, name: str, address: bytes) -> None:
     partial.rename(options.folder / f"{name}.address")
 
 
+def published(options: argparse.Namespace, name: str) -> bytes | None:
+    """An address, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        return (options.folder / f"{name}.address").read_bytes()
+    return None
+
+
 def address_of(options: argparse.Namespace, name: str) -> bytes:
     """An address, once it is there; raises SystemExit if it does not come."""
-    file = options.folder / f"{name}.address"
     until = time.monotonic() + options.timeout_s
-    while not file.exists():
+    while (address := published(options, name)) is None:
         if time.monotonic() > until:
-            raise SystemExit(f"nobody wrote {file} within {options.timeout_s} s")
+            raise SystemExit(
+                f"nobody wrote {name}.address in {options.folder} within "
+                f"{options.timeout_s} s"
+            )
         time.sleep(_POLL_S)
-    return file.read_bytes()
+    return address
 
 
 def tell_step(options: argparse.Namespace, step: int) -> None:

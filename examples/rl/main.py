@@ -3,14 +3,16 @@
     python examples/rl/main.py
     python examples/rl/main.py --steps 200 --picture rl.svg
     python examples/rl/main.py --transport ofi/tcp --sampler-processes 2
-    python examples/rl/main.py --kill-sampler-at 20
+    python examples/rl/main.py --kill-sampler-at 20 --kill-trainer-at 30
+    python examples/rl/main.py --checkpoints runs/rl
 
 A small transformer with experts learns sums such as 7+5=12. A trainer of two
-processes, each with half of the experts, first shows it a few right answers, so that
-it is right now and then. From there on it learns by reward alone: a sampler, one
-process with the model whole or several with a part of the experts each, answers each
-prompt several times with the weights that it has; an answer is worth 1 if it is right,
-else 0; the trainer makes more likely what was better than the rest of its group (GRPO).
+processes, each with half of the experts, first shows it right answers, until it gives
+them with a probability of 0.4 by itself. From there on it learns by reward alone: a
+sampler, one process with the model whole or several with a part of the experts each,
+answers each prompt several times with the weights that it has; an answer is worth 1 if
+it is right, else 0; the trainer makes more likely what was better than the rest of its
+group (GRPO).
 Batches travel as messages of jf.TransferEngine. After each step the new weights are
 pushed by jf.weights, straight from the trainer's shards into the sampler's, which goes
 on answering meanwhile; each batch says which version gave it, and the loss corrects for
@@ -18,9 +20,11 @@ its age.
 
 With --kill-sampler-at, the sampler is killed (kill -9) when the trainer is at that
 step, and started again: it gets the newest weights as soon as it connects, and the
-trainer goes on with its answers.
+trainer goes on with its answers. With --kill-trainer-at it is the trainer: it goes on
+from its last checkpoint, and the sampler with the weights that it has, until new ones
+come. With --checkpoints that folder stays: started again with it, all goes on there.
 
-It ends with exit code 1 unless the reward has risen.
+It ends with exit code 1 unless the reward has risen from beginning to end.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ RANKS = 2  # of the trainer
 FIRST, LAST = 5, 10  # batches whose mean reward is compared
 RISE = 0.1
 _POLL_S = 0.05
-_PASSED_ON = ("transport", "steps", "warm_steps", "seed")
+_PASSED_ON = ("transport", "steps", "seed", "checkpoints")
 _KILL_S = 5.0  # until whoever was asked to end is killed
 
 
@@ -57,10 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--steps", type=int, default=60, help="of reinforcement learning (60)")
-    add("--warm-steps", type=int, default=16, help="with right answers, before (16)")
     add("--transport", default="shm", help="of weights and batches (shm)")
     add("--sampler-processes", type=int, default=1, metavar="N", help="(1)")
-    add("--kill-sampler-at", type=int, metavar="STEP", help="kill -9, and start again")
+    for name in JOBS:
+        again = "kill -9, and start again"
+        add(f"--kill-{name}-at", type=int, metavar="STEP", help=again)
+    add("--checkpoints", type=pathlib.Path, metavar="FOLDER", help="of the trainer")
     add("--seed", type=int, default=0, help="of parameters and prompts (0)")
     add("--timeout-s", type=float, default=300.0, help="of everything (300)")
     add("--picture", type=pathlib.Path, default="rl.png", help="PNG or SVG (rl.png)")
@@ -72,13 +78,23 @@ def start(name: str, folder: pathlib.Path, options: argparse.Namespace) -> Any:
     """One of the two jobs, as one would start it on a machine of its own."""
     rest = [f"--folder={folder}"]
     for option in _PASSED_ON:
-        rest.append(f"--{option.replace('_', '-')}={getattr(options, option)}")
+        if (value := getattr(options, option)) is not None:
+            rest.append(f"--{option}={value}")
     ranks = RANKS if name == "trainer" else options.sampler_processes
     launcher = ["-m", "jaxfabric._cli", "run", f"--processes={ranks}"]
     # Each job has its own number of devices, and its own process group.
     python = ["env", "-u", "XLA_FLAGS", sys.executable]
     script = [*(launcher if ranks > 1 else []), str(HERE / f"{name}.py")]
     return subprocess.Popen([*python, *script, *rest], start_new_session=True)
+
+
+def kill(name: str, process: Any, folder: pathlib.Path) -> None:
+    """Kills a job; nobody finds it any more."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for address in folder.glob(f"{name}*.address"):
+        address.unlink()
+    print(f"the {name} was killed, and is started again", flush=True)
 
 
 def wait(
@@ -89,7 +105,7 @@ def wait(
     However it ends, none is left.
     """
     until = time.monotonic() + options.timeout_s
-    kill_at = options.kill_sampler_at
+    kills = {name: getattr(options, f"kill_{name}_at") for name in JOBS}
     try:
         while any(process.poll() is None for process in processes.values()):
             for name, process in processes.items():
@@ -97,16 +113,12 @@ def wait(
                     raise SystemExit(f"the {name} ended with {process.returncode}")
             if time.monotonic() > until:
                 raise SystemExit(f"not done after {options.timeout_s} s")
-            sampler = processes["sampler"]
-            reached = kill_at is not None and jobs.step_of(folder) >= kill_at
-            if reached and sampler.poll() is None:
-                kill_at = None
-                os.killpg(sampler.pid, signal.SIGKILL)
-                sampler.wait()
-                for address in folder.glob("sampler*.address"):
-                    address.unlink()
-                print("the sampler was killed, and is started again", flush=True)
-                processes["sampler"] = start("sampler", folder, options)
+            for name, at in kills.items():
+                running = processes[name].poll() is None
+                if at is not None and running and jobs.step_of(folder) >= at:
+                    kills[name] = None
+                    kill(name, processes[name], folder)
+                    processes[name] = start(name, folder, options)
             time.sleep(_POLL_S)
         for name, process in processes.items():
             if process.returncode:
@@ -126,9 +138,11 @@ def summary(report: dict[str, Any]) -> str:
     """What happened, in words."""
     rewards = [batch["reward"] for batch in report["sampler"]["batches"]]
     trainers = [report[f"trainer{rank}"] for rank in range(RANKS)]
-    lags = [step["lag"] for step in trainers[0]["steps"]]
-    total = [push["total_s"] for push in trainers[0]["pushes"][1:]]
+    lags = [step["lag"] for step in trainers[0]["steps"]] or [0]
+    total = [push["total_s"] for push in trainers[0]["pushes"]]
+    total = total[1:] or total  # the first one waits for the sampler
     nbytes = sum(trainer["pushes"][-1]["nbytes"] for trainer in trainers)
+    resumed = trainers[0]["resumed"]
     lost = [push["version"] for push in trainers[0]["pushes"] if push["failure"]]
     return (
         f"reward: {np.mean(rewards[:FIRST]):.2f} -> {np.mean(rewards[-LAST:]):.2f}, "
@@ -138,6 +152,7 @@ def summary(report: dict[str, Any]) -> str:
         f"the trainer learned from batches that were {np.mean(lags):.1f} versions old "
         f"(at most {max(lags)}); the sampler compiled "
         f"{report['sampler']['compiled']} program"
+        + (f"\nthe trainer went on from step {resumed}" if resumed else "")
         + (f"\npushes while the sampler was gone: {lost}" if lost else "")
     )
 
@@ -145,8 +160,12 @@ def summary(report: dict[str, Any]) -> str:
 def main() -> None:
     options = parse_arguments()
     begin = time.monotonic()
+    saved = options.checkpoints
+    from_begin = saved is None or not saved.is_dir() or not any(saved.iterdir())
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        if options.checkpoints is None and options.kill_trainer_at is not None:
+            options.checkpoints = folder / "checkpoints"
         (folder / "token").touch(0o600)
         (folder / "token").write_text(secrets.token_hex(16))
         processes = {name: start(name, folder, options) for name in JOBS}
@@ -162,7 +181,9 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(report))
     rewards = [batch["reward"] for batch in report["sampler"]["batches"]]
-    if np.mean(rewards[-LAST:]) < np.mean(rewards[:FIRST]) + RISE:
+    if not from_begin:
+        print("it went on from a checkpoint: no rise is asked for")
+    elif np.mean(rewards[-LAST:]) < np.mean(rewards[:FIRST]) + RISE:
         raise SystemExit(f"the reward has not risen by {RISE}")
 
 

@@ -66,7 +66,8 @@ def _phases(axes: Any, pushes: list[dict[str, Any]]) -> None:
 def _timeline(axes: Any, report: dict[str, Any]) -> None:
     """Half-way through the run."""
     trainer = report["trainer0"]
-    begin = trainer["steps"][len(trainer["steps"]) // 2]["begin"]
+    middle = trainer["steps"] or trainer["pushes"]  # all steps may be done already
+    begin = middle[len(middle) // 2]["begin"]
     pushes = [p | {"end": p["begin"] + p["total_s"]} for p in trainer["pushes"]]
     lanes = (
         ("sampler answers", report["sampler"]["batches"], "C0"),

@@ -3,7 +3,8 @@
 main.py starts it, on one process or on several. Each has its part of the experts; the
 trainer's ranks, each with half of them, write every version straight into its memory.
 Several ranks agree on the version with which they answer; the first one tells the
-others when, and talks to the trainer.
+others when, and talks to the trainer. If that is killed, it goes on with the version
+that it has, until the trainer is back at other addresses.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from policy import Policy
 
 import jaxfabric as jf
 
-
-def trainer_ranks(options: argparse.Namespace) -> int:
-    """How many there are; the first one says so."""
-    return int(json.loads(jobs.address_of(options, "trainer"))["ranks"])
+_LOOK_S = 0.5  # between two looks whether the trainer was started again
 
 
 class Sampler:
@@ -86,22 +84,69 @@ class Lead:
             self._engine.submit_send(peer, json.dumps(what).encode())
 
 
+class Trainers:
+    """The ranks of the trainer, whose addresses change whenever it is started again."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        receiver: jf.weights.Receiver,
+        engine: jf.TransferEngine,
+    ) -> None:
+        self._options, self._receiver, self._engine = options, receiver, engine
+        self._seen: bytes | None = None
+        self.peers: list[int] = []
+
+    @property
+    def are_others(self) -> bool:
+        """Whether they are not those of the last `connect`."""
+        found = jobs.published(self._options, jobs.TRAINER)
+        return self._seen is None or found not in (None, self._seen)
+
+    def connect(self) -> None:
+        """Gets versions of those that are there, or come soon."""
+        options, engine = self._options, self._engine
+        self._seen = jobs.address_of(options, jobs.TRAINER)
+        ranks = range(json.loads(self._seen)["ranks"])
+        self._receiver.connect(
+            [jobs.address_of(options, f"trainer.weights{rank}") for rank in ranks]
+        )
+        if jax.process_index() == 0:
+            addresses = (
+                jobs.address_of(options, f"trainer.batches{rank}") for rank in ranks
+            )
+            self.peers = [engine.connect(address).result() for address in addresses]
+
+    def send(self, batch: jobs.Batch) -> None:
+        """Its part to each; those that are lost lose it."""
+        for rank, peer in enumerate(self.peers):
+            part = batch.part(rank, len(self.peers)).to_bytes()
+            with contextlib.suppress(jf.PeerLostError):
+                self._engine.submit_send(peer, part)
+
+
 def follow(
-    sampler: Sampler, receiver: jf.weights.Receiver, engine: jf.TransferEngine
+    sampler: Sampler,
+    receiver: jf.weights.Receiver,
+    engine: jf.TransferEngine,
+    trainers: Trainers,
 ) -> None:
     """Another rank than the first: does what that one does, when it says so."""
     while True:
         said = json.loads(engine.receive(sampler.timeout_s).data)
         if "end" in said:
             return
-        sampler.answer(receiver.take(said["take"]))
+        if "connect" in said:
+            trainers.connect()
+        else:
+            sampler.answer(receiver.take(said["take"]))
 
 
 def serve(
     sampler: Sampler,
     receiver: jf.weights.Receiver,
     engine: jf.TransferEngine,
-    trainers: list[int],
+    trainers: Trainers,
     lead: Lead,
 ) -> None:
     """Answers until the trainer has had enough.
@@ -110,23 +155,34 @@ def serve(
     ``--ahead`` wait for it, and which version is its last.
     """
     waiting = 0
+    heard = time.monotonic()
     while True:
-        while waiting >= sampler.ahead:
-            said = json.loads(engine.receive(sampler.timeout_s).data)
-            waiting -= said.get("used", 0)
-            if "last" in said:
-                lead.says({"take": said["last"]})
-                sampler.answer(receiver.take(said["last"]))
-                lead.says({"end": 1})
-                for peer in trainers:
-                    engine.submit_send(peer, jobs.GOODBYE).result()
-                return
-        lead.says({"take": 1})
-        batch = sampler.answer(receiver.take(min_version=1))
-        for rank, peer in enumerate(trainers):
-            part = batch.part(rank, len(trainers))
-            engine.submit_send(peer, part.to_bytes())
-        waiting += 1
+        if trainers.are_others:
+            lead.says({"connect": 1})
+            trainers.connect()
+            waiting, heard = 0, time.monotonic()
+        if waiting < sampler.ahead:
+            lead.says({"take": 1})
+            trainers.send(sampler.answer(receiver.take(min_version=1)))
+            waiting += 1
+            continue
+        try:
+            peer, data = engine.receive(_LOOK_S)
+        except TimeoutError:
+            if time.monotonic() - heard > sampler.timeout_s:
+                raise
+            continue
+        if peer not in trainers.peers:
+            continue  # it is no more
+        said, heard = json.loads(data), time.monotonic()
+        waiting -= said.get("used", 0)
+        if "last" in said:
+            lead.says({"take": said["last"]})
+            sampler.answer(receiver.take(said["last"]))
+            lead.says({"end": 1})
+            for peer in trainers.peers:
+                engine.submit_send(peer, jobs.GOODBYE).result()
+            return
 
 
 def join(
@@ -140,30 +196,6 @@ def join(
     lead = engine.connect(jobs.address_of(options, "sampler.lead")).result()
     engine.submit_send(lead, b"here").result()
     return Lead(engine, [])
-
-
-def run(
-    options: argparse.Namespace,
-    policy: Policy,
-    receiver: jf.weights.Receiver,
-    engine: jf.TransferEngine,
-    lead: Lead,
-) -> None:
-    """Connects to the trainer, and does this rank's part until it ends."""
-    ranks = trainer_ranks(options)
-    receiver.connect(
-        [jobs.address_of(options, f"weights{rank}") for rank in range(ranks)]
-    )
-    sampler = Sampler(options, policy)
-    if jax.process_index() > 0:
-        follow(sampler, receiver, engine)
-        return
-    trainers = [
-        engine.connect(jobs.address_of(options, f"batches{rank}")).result()
-        for rank in range(ranks)
-    ]
-    serve(sampler, receiver, engine, trainers, lead)
-    jobs.write_report(options, "sampler", {"compiled": sampler.compiled})
 
 
 def main() -> None:
@@ -180,9 +212,14 @@ def main() -> None:
         with jf.weights.Receiver(
             own, policy.described(), rank=rank, leader=leader
         ) as receiver:
-            if rank == 0:
-                jobs.publish(options, jobs.LEADER, receiver.address())
-            run(options, policy, receiver, engine, lead)
+            trainers = Trainers(options, receiver, engine)
+            sampler = Sampler(options, policy)
+            if rank > 0:
+                follow(sampler, receiver, engine, trainers)
+                return
+            jobs.publish(options, jobs.LEADER, receiver.address())
+            serve(sampler, receiver, engine, trainers, lead)
+            jobs.write_report(options, "sampler", {"compiled": sampler.compiled})
 
 
 if __name__ == "__main__":
