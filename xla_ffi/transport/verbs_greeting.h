@@ -32,15 +32,17 @@ enum class VerbsGreetingKind : uint16_t {
 //   offset   4  version       u16
 //   offset   6  kind          u16       VerbsGreetingKind
 //   offset   8  target        u64       nonce of the Domain it is meant for
-//   offset  16  attempt       u64       rises with each queue pair of the
-//   sender offset  24  added         u64       attempt at which its owner added
-//   us offset  32  echo          u64       attempt of the target that it
-//   answers offset  40  queue_pair    u32       the sender's, 24 bits offset 44
-//   sequence      u32       its first packet's number, 24 bits offset  48
-//   word_address  u64       where it wants its credits written offset  56
-//   word_key      u32 offset  60  quota         u32       receives that it
-//   keeps for us offset  64  mtu           u32       of its port, as enum
-//   ibv_mtu offset  68  zero          u32 offset  72  sender VerbsAddress
+//   offset  16  attempt       u64       rises with each pair of the sender
+//   offset  24  added         u64       attempt at which its owner added us
+//   offset  32  echo          u64       attempt of the target, answered
+//   offset  40  queue_pair    u32       the sender's, 24 bits
+//   offset  44  sequence      u32       its first packet's number, 24 bits
+//   offset  48  word_address  u64       where it wants its credits written
+//   offset  56  word_key      u32
+//   offset  60  quota         u32       receives that it keeps for us
+//   offset  64  mtu           u32       of its port, as enum ibv_mtu
+//   offset  68  zero          u32
+//   offset  72  sender        VerbsAddress
 //   offset 128  tag           u64       JobKey::Tag of all the rest
 struct VerbsGreeting {
   uint32_t magic = 0;

@@ -183,7 +183,7 @@ Status VerbsPort::ChooseAddress() {
                   "verbs on " + name_ + " has no address with GID index " +
                       std::to_string(settings_.gid_index) + "; it has " +
                       (known.empty() ? "none" : known) +
-                      " (JAXFABRIC_VERBS_GID_INDEX)");
+                      " (JAXFABRIC_VERBS=gid_index=N)");
   }
   gid_ = chosen->gid;
   gid_index_ = static_cast<uint8_t>(chosen->index);
