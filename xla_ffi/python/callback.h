@@ -10,6 +10,38 @@
 
 namespace jaxfabric {
 
+// What Python knows of a native thread, kept until the thread ends. Made anew
+// for each call it would cost more than most calls: memory is mapped for it.
+class KeptThreadState {
+ public:
+  static void Keep() {
+    thread_local KeptThreadState state;
+    state.KeepOnce();
+  }
+  KeptThreadState(const KeptThreadState&) = delete;
+  KeptThreadState& operator=(const KeptThreadState&) = delete;
+
+ private:
+  KeptThreadState() = default;
+  ~KeptThreadState() {
+    // An interpreter that has ended has taken it along.
+    if (!kept_ || Py_IsInitialized() == 0) return;
+    PyGILState_Ensure();
+    PyGILState_Release(PyGILState_LOCKED);
+    PyGILState_Release(PyGILState_UNLOCKED);  // that of KeepOnce
+  }
+
+  void KeepOnce() {
+    // A thread of Python's has its own.
+    if (kept_ || PyGILState_GetThisThreadState() != nullptr) return;
+    PyGILState_Ensure();
+    PyEval_SaveThread();
+    kept_ = true;
+  }
+
+  bool kept_ = false;
+};
+
 class Callback {
  public:
   // May be copied and destroyed by any thread.
@@ -24,6 +56,7 @@ class Callback {
   // raises goes to sys.unraisablehook: there is nobody to catch it.
   template <typename Arguments>
   void operator()(Arguments arguments) const {
+    KeptThreadState::Keep();
     nanobind::gil_scoped_acquire acquire;
     try {
       (*function_)(*arguments());
