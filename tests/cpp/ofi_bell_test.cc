@@ -49,7 +49,7 @@ TEST_F(OfiBellTest, NewsOfANicWakesWhoSleeps) {
 }
 
 TEST_F(OfiBellTest, MutedOnlyARingWakes) {
-  bell_->Mute(/*posts_only=*/false);
+  bell_->Mute();
   BringNews();
   EXPECT_FALSE(WaitedLessThan(20 * kMillisecond));
   const uint32_t seen = bell_->Sequence();
@@ -58,14 +58,14 @@ TEST_F(OfiBellTest, MutedOnlyARingWakes) {
   while (bell_->Sequence() == seen) bell_->Wait(seen, deadline);
   EXPECT_FALSE(deadline.Expired());
   ringer.join();
-  bell_->Unmute(/*done=*/false);
+  bell_->Unmute();
 }
 
 TEST_F(OfiBellTest, NewsThatCameWhileItWasMutedIsHeardOnceAllAreDone) {
-  bell_->Mute(/*posts_only=*/false);
-  bell_->Mute(/*posts_only=*/false);
+  bell_->Mute();
+  bell_->Mute();
   BringNews();
-  bell_->Unmute(/*done=*/false);
+  bell_->Unmute();
   EXPECT_FALSE(WaitedLessThan(20 * kMillisecond)) << "one still polls";
   std::thread sleeper([&] {
     // First the timer may wake it, then the news do.
@@ -74,7 +74,7 @@ TEST_F(OfiBellTest, NewsThatCameWhileItWasMutedIsHeardOnceAllAreDone) {
     }
   });
   const int64_t begin_ns = MonotonicNanoseconds();
-  bell_->Unmute(/*done=*/false);
+  bell_->Unmute();
   sleeper.join();
   EXPECT_LT(MonotonicNanoseconds() - begin_ns,
             static_cast<int64_t>(kPatienceSeconds / 2 * 1e9));
@@ -82,57 +82,16 @@ TEST_F(OfiBellTest, NewsThatCameWhileItWasMutedIsHeardOnceAllAreDone) {
 
 // As after a post to a device that works in its caller's thread.
 TEST_F(OfiBellTest, WhoPolledForLongIsWaitedForForAsLong) {
-  bell_->Mute(/*posts_only=*/false);
+  bell_->Mute();
   EXPECT_TRUE(bell_->muted());
   BringNews();
   const Deadline worked = Deadline::AfterNanoseconds(5 * kMillisecond);
   while (!worked.Expired()) continue;
   const int64_t begin_ns = MonotonicNanoseconds();
-  bell_->Unmute(/*done=*/false);
+  bell_->Unmute();
   EXPECT_FALSE(bell_->muted());
   bell_->Wait(bell_->Sequence(), Deadline::AfterSeconds(kPatienceSeconds));
   EXPECT_GE(MonotonicNanoseconds() - begin_ns, kMillisecond);
-}
-
-TEST_F(OfiBellTest, WhereAllAreQuietArrivalsWakeThoughSomebodyPosts) {
-  bell_->BecomeQuiet();
-  bell_->Mute(/*posts_only=*/true);
-  BringNews();
-  EXPECT_TRUE(WaitedLessThan(static_cast<int64_t>(kPatienceSeconds * 1e9)));
-  bell_->Hush();  // as who polls does, once it has seen them
-  EXPECT_FALSE(WaitedLessThan(20 * kMillisecond));
-  bell_->BecomeLoud();
-  bell_->Unmute(/*done=*/true);
-  for (int i = 0; i < 2; ++i) {  // the timer, then the news
-    EXPECT_TRUE(WaitedLessThan(static_cast<int64_t>(kPatienceSeconds * 1e9)));
-  }
-}
-
-TEST_F(OfiBellTest, WhoIsDoneWhereAllAreQuietSetsNoTimer) {
-  bell_->BecomeQuiet();
-  bell_->Mute(/*posts_only=*/true);
-  bell_->Unmute(/*done=*/true);
-  EXPECT_FALSE(WaitedLessThan(20 * kMillisecond));
-  bell_->BecomeLoud();
-}
-
-TEST_F(OfiBellTest, WhoLeavesSomethingHasTheTimerThoughAnotherIsDoneLast) {
-  bell_->BecomeQuiet();
-  bell_->Mute(/*posts_only=*/true);
-  bell_->Mute(/*posts_only=*/true);
-  bell_->Unmute(/*done=*/false);
-  bell_->Unmute(/*done=*/true);
-  EXPECT_TRUE(WaitedLessThan(static_cast<int64_t>(kPatienceSeconds * 1e9)));
-  bell_->BecomeLoud();
-}
-
-// As one that posts while another is mute, and sees that somebody polls.
-TEST_F(OfiBellTest, WhoBecomesLoudMeanwhileHasTheTimer) {
-  bell_->BecomeQuiet();
-  bell_->Mute(/*posts_only=*/true);
-  bell_->BecomeLoud();
-  bell_->Unmute(/*done=*/true);
-  EXPECT_TRUE(WaitedLessThan(static_cast<int64_t>(kPatienceSeconds * 1e9)));
 }
 
 TEST_F(OfiBellTest, WhoIsRemovedWakesNobody) {

@@ -44,10 +44,9 @@ class Doorbell {
   virtual void Wait(uint32_t seen, Deadline deadline);
 
   // From Mute to Unmute the caller polls: devices that wake sleepers by
-  // themselves need not; with `posts_only`, still for what others send. `done`:
-  // nothing that the caller began is left for who sleeps. Calls may nest.
-  virtual void Mute(bool /*posts_only*/) {}
-  virtual void Unmute(bool /*done*/) {}
+  // themselves need not. Calls may nest.
+  virtual void Mute() {}
+  virtual void Unmute() {}
 
  protected:
   // Wakes all who are in Wait.
@@ -62,18 +61,15 @@ class Doorbell {
 // Mutes a doorbell as long as it lives.
 class DoorbellMute {
  public:
-  explicit DoorbellMute(Doorbell& doorbell, bool posts_only = false)
-      : doorbell_(doorbell) {
-    doorbell_.Mute(posts_only);
+  explicit DoorbellMute(Doorbell& doorbell) : doorbell_(doorbell) {
+    doorbell_.Mute();
   }
-  ~DoorbellMute() { doorbell_.Unmute(done_); }
-  void set_done(bool done) { done_ = done; }
+  ~DoorbellMute() { doorbell_.Unmute(); }
   DoorbellMute(const DoorbellMute&) = delete;
   DoorbellMute& operator=(const DoorbellMute&) = delete;
 
  private:
   Doorbell& doorbell_;
-  bool done_ = false;
 };
 
 }  // namespace jaxfabric

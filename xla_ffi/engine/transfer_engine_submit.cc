@@ -162,7 +162,7 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
     OperationLabel label, RegionId source, std::span<PendingWrite> writes,
     std::optional<uint32_t> id, MaybeDeadline deadline) {
   // It polls below; a device that works in its caller's thread is done by then.
-  DoorbellMute mute(transport_->doorbell(), /*posts_only=*/true);
+  const DoorbellMute mute(transport_->doorbell());
   std::unique_lock<std::mutex> lock(mutex_);
   auto found = registry_.Find(source);
   if (!found.ok()) return found.status().Annotate(label.ToString());
@@ -201,7 +201,6 @@ TransferEngine::Submitted TransferEngine::SubmitWrites(
   // A write over shared memory has ended by now: no need to wait for the
   // worker.
   if (!submission->over) ProgressLocked();
-  mute.set_done(submission->over);
   return submission->future;
 }
 

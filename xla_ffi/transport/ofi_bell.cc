@@ -11,7 +11,6 @@
 #include <climits>
 #include <cstring>
 #include <string>
-#include <utility>
 
 #include "base/check.h"
 
@@ -62,14 +61,13 @@ Status OfiBell::Add(int fd) {
     return SystemError("epoll_ctl");
   }
   fds_.push_back(fd);
-  BecomeLoud();
   return OkStatus();
 }
 
 void OfiBell::Remove(int fd) {
   std::lock_guard<std::mutex> lock(mutex_);
   epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
-  if (std::erase(fds_, fd) > 0) BecomeQuiet();
+  std::erase(fds_, fd);
 }
 
 void OfiBell::ListenLocked(bool listens) {
@@ -87,26 +85,16 @@ void OfiBell::SetTimer(int64_t after_ns) const {
   JF_CHECK(timerfd_settime(timer_.get(), 0, &when, nullptr) == 0);
 }
 
-void OfiBell::Mute(bool posts_only) {
+void OfiBell::Mute() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (mutes_.fetch_add(1, std::memory_order_seq_cst) == 0) {
-    muted_ns_ = MonotonicNanoseconds();
-  }
-  if (!posts_only || !quiet()) ListenLocked(false);
+  if (mutes_.fetch_add(1, std::memory_order_acq_rel) > 0) return;
+  muted_ns_ = MonotonicNanoseconds();
+  ListenLocked(false);
 }
 
-void OfiBell::Hush() {
+void OfiBell::Unmute() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (muted()) ListenLocked(false);
-}
-
-// seq_cst: who becomes loud either sees that nobody polls any more, or is seen
-// to be loud here.
-void OfiBell::Unmute(bool done) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (!done) left_ = true;
-  if (mutes_.fetch_sub(1, std::memory_order_seq_cst) > 1) return;
-  if (!std::exchange(left_, false) && listens_ && quiet()) return;
+  if (mutes_.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   const int64_t now_ns = MonotonicNanoseconds();
   const int64_t grace_ns =
       std::clamp(now_ns - muted_ns_, kGraceMinNs, kGraceMaxNs);

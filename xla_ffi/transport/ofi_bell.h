@@ -5,8 +5,7 @@
 // until they wake somebody again: who has just polled often polls again soon,
 // and a thread that wakes up in between would be in its way. The moment is one
 // to two times as long as the bell was mute: that says how fast things go here,
-// and not each Unmute has to set the timer. Where all are quiet, who posts and
-// is done at once neither wakes anybody nor needs the timer.
+// and not each Unmute has to set the timer.
 
 #ifndef JAXFABRIC_TRANSPORT_OFI_BELL_H_
 #define JAXFABRIC_TRANSPORT_OFI_BELL_H_
@@ -35,26 +34,17 @@ class OfiBell final : public Doorbell {
   void Remove(int fd);
 
   void Wait(uint32_t seen, Deadline deadline) override;
-  void Mute(bool posts_only) override;
-  void Unmute(bool done) override;
+  void Mute() override;
+  void Unmute() override;
   // Somebody polls, and Wait returns some time after it has ended: until then
   // descriptors need not become readable.
-  bool muted() const { return mutes_.load(std::memory_order_seq_cst) > 0; }
-  // While muted: no descriptor wakes anybody from now on, until the Wait some
-  // time after Unmute.
-  void Hush();
-  // A descriptor that becomes readable by what others send alone, and whose
-  // owner has nothing under way, is quiet. Each is loud at first, and to be so
-  // again at its Remove.
-  void BecomeQuiet() { loud_.fetch_sub(1, std::memory_order_seq_cst); }
-  void BecomeLoud() { loud_.fetch_add(1, std::memory_order_seq_cst); }
+  bool muted() const { return mutes_.load(std::memory_order_acquire) > 0; }
 
  private:
   OfiBell() : Doorbell(&own_words_) {}
   void Wake() override;
   void Listen();
   void ListenLocked(bool listens);  // needs mutex_
-  bool quiet() const { return loud_.load(std::memory_order_seq_cst) == 0; }
   void SetTimer(int64_t after_ns) const;
 
   DoorbellWords own_words_ = {};
@@ -64,11 +54,9 @@ class OfiBell final : public Doorbell {
   std::mutex mutex_;
   std::vector<int> fds_;             // guarded by mutex_
   std::atomic<uint32_t> mutes_ = 0;  // written under mutex_
-  std::atomic<uint32_t> loud_ = 0;   // descriptors
-  bool left_ = false;     // something, by who was mute; guarded by mutex_
-  int64_t muted_ns_ = 0;  // since when; guarded by mutex_
-  int64_t timer_ns_ = 0;  // when it ends; guarded by mutex_
-  bool listens_ = true;   // to fds_; guarded by mutex_
+  int64_t muted_ns_ = 0;             // since when; guarded by mutex_
+  int64_t timer_ns_ = 0;             // when it ends; guarded by mutex_
+  bool listens_ = true;              // to fds_; guarded by mutex_
 };
 
 }  // namespace jaxfabric

@@ -18,7 +18,7 @@
 namespace jaxfabric {
 
 inline constexpr uint64_t kVerbsMagic = 0x3142'5645'4652'584a;  // "JXRFEVB1"
-inline constexpr uint32_t kVerbsVersion = 2;
+inline constexpr uint32_t kVerbsVersion = 1;
 
 enum class VerbsLinkLayer : uint16_t { kInfiniBand = 1, kEthernet = 2 };
 

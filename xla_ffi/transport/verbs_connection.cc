@@ -156,14 +156,13 @@ Status VerbsConnection::PostWrite(const VerbsOperation& operation,
   if (write.immediate.has_value()) {
     link.work.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
     link.work.imm_data = htonl(*write.immediate);
-    link.work.send_flags = IBV_SEND_SOLICITED;
     send_credits_.Use();
   }
   link.work.wr.rdma.remote_addr = write.remote_address;
   link.work.wr.rdma.rkey = write.remote_key;
   // The processor copies inline bytes, and cannot read device memory.
   if (write.in_host_memory && write.length <= inline_bytes_) {
-    link.work.send_flags |= IBV_SEND_INLINE;
+    link.work.send_flags = IBV_SEND_INLINE;
   }
   return Appended();
 }
@@ -176,8 +175,7 @@ Status VerbsConnection::PostFrame(const VerbsOperation& operation,
   link.piece.length = bytes;
   link.piece.lkey = buffers_.frame_key();
   link.work.opcode = IBV_WR_SEND;
-  link.work.send_flags = IBV_SEND_SOLICITED;
-  if (bytes <= inline_bytes_) link.work.send_flags |= IBV_SEND_INLINE;
+  if (bytes <= inline_bytes_) link.work.send_flags = IBV_SEND_INLINE;
   send_credits_.Use();
   return Appended();
 }

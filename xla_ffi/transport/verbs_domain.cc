@@ -80,7 +80,6 @@ void VerbsDomain::FillCaps() {
 
 VerbsDomain::~VerbsDomain() {
   if (greeter_ != nullptr) SayBye();
-  if (quiet_) bell_->BecomeLoud();
   if (watched_) bell_->Remove(port_->notice_fd());
 }
 
@@ -148,14 +147,6 @@ bool VerbsDomain::HasRoom(const VerbsPeer& peer) const {
          peer.open < caps_.queue_depth - posted_ && peer.connection->HasRoom();
 }
 
-// What a post brings is to wake somebody, unless somebody polls.
-void VerbsDomain::WillPost() {
-  if (std::exchange(quiet_, false)) bell_->BecomeLoud();
-  if (asked_ != Notice::kArrivals || bell_->muted()) return;
-  asked_ = Notice::kAll;
-  port_->RequestNotice(/*arrivals_only=*/false);
-}
-
 Posted VerbsDomain::Opened(VerbsPeer& peer, const Status& posted) {
   ++posted_;
   ++peer.open;
@@ -194,7 +185,6 @@ StatusOr<Posted> VerbsDomain::PostWriteImm(PeerId id, LocalSpan local,
   write.remote_address = region->base + remote.offset;
   write.remote_key = region->remote_key;
   write.immediate = immediate;
-  WillPost();
   return Opened(*peer, peer->connection->PostWrite(
                            {VerbsOperation::Kind::kWrite, cookie, 0}, write));
 }
@@ -215,7 +205,6 @@ StatusOr<Posted> VerbsDomain::PostSend(PeerId id, std::string_view message,
   if (!buffer.has_value()) return Posted::kAgain;
   const uint32_t bytes = EncodeVerbsFrame(
       {VerbsFrameKind::kMessage, 0, message}, buffers_->frame(*buffer));
-  WillPost();
   return Opened(*peer,
                 peer->connection->PostFrame(
                     {VerbsOperation::Kind::kMessage, cookie, *buffer}, bytes));
@@ -240,48 +229,26 @@ size_t VerbsDomain::Poll(std::span<Completion> completions) {
 // The owner may sleep now. If nothing is left for it, the device is to give
 // notice of what comes.
 void VerbsDomain::Rest(bool empty) {
-  NoteQuiet();
   if (!empty || !broken_.empty()) return bell_->Ring();
   // Who polls now needs none, and somebody polls after it.
-  if (bell_->muted()) {
-    if (!quiet_) bell_->Hush();
-    return;
-  }
-  const bool idle = posted_ == 0 && busy_.empty();
-  const Notice wanted = idle ? Notice::kArrivals : Notice::kAll;
+  if (bell_->muted()) return;
   // A notice may come after what it tells of has been polled; then it wakes the
   // owner for nothing, but not for ever. Looking costs a system call.
-  if (asked_ >= wanted && ++empty_polls_ % kEmptyPolls != 0) return;
-  if (port_->TakeNotices()) asked_ = Notice::kNothing;
-  if (asked_ >= wanted) return;
-  asked_ = wanted;
-  port_->RequestNotice(/*arrivals_only=*/idle);
+  if (asked_ && ++empty_polls_ % kEmptyPolls != 0) return;
+  if (port_->TakeNotices()) asked_ = false;
+  if (asked_) return;
+  asked_ = true;
+  port_->RequestNotice();
   // What came before the request is not told of.
   if (PollQueue()) bell_->Ring();
-  NoteQuiet();
-}
-
-// Quiet: own posts bring no notice, and none is under way. Words and frames may
-// be: nobody waits for their end, but for a place where they hold all of them.
-void VerbsDomain::NoteQuiet() {
-  const bool quiet = asked_ == Notice::kArrivals && posted_ == 0 &&
-                     busy_.empty() && broken_.empty();
-  if (std::exchange(quiet_, quiet) == quiet) return;
-  quiet ? bell_->BecomeQuiet() : bell_->BecomeLoud();
 }
 
 bool VerbsDomain::PollQueue() {
   std::array<ibv_wc, 32> works;
   const int count =
       ibv_poll_cq(port_->queue(), static_cast<int>(works.size()), works.data());
-  for (int i = 0; i < count; ++i) {
-    const ibv_wc& work = works[static_cast<size_t>(i)];
-    const bool own_post = work.status == IBV_WC_SUCCESS &&
-                          (work.wr_id & kTagMask) != kReceivedTag &&
-                          (work.wr_id & kTagMask) != kGreetingTag;
-    if (asked_ == Notice::kAll || !own_post) asked_ = Notice::kNothing;
-    Handle(work);
-  }
+  for (int i = 0; i < count; ++i) Handle(works[static_cast<size_t>(i)]);
+  if (count > 0) asked_ = false;
   return count > 0;
 }
 

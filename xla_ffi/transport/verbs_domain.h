@@ -136,9 +136,7 @@ class VerbsDomain final : public Domain {
   void MarkBusy(VerbsPeer& peer);
   void PumpFrames(VerbsPeer& peer);
   void Pump();
-  void WillPost();
   void Rest(bool empty);
-  void NoteQuiet();
 
   // verbs_domain_peers.cc: who is there, and joined.
   StatusOr<VerbsPeer*> TakeIn(const VerbsAddress& address);
@@ -177,10 +175,7 @@ class VerbsDomain final : public Domain {
   std::unique_ptr<VerbsGreeter> greeter_;
   std::unordered_map<uint64_t, Memory> memory_;  // by exported key
   bool watched_ = false;                         // by bell_
-  // For what a notice was asked, and has not come yet.
-  enum class Notice { kNothing, kArrivals, kAll };
-  Notice asked_ = Notice::kNothing;
-  bool quiet_ = false;        // as bell_ has it
+  bool asked_ = false;        // for a notice, and nothing came since
   uint32_t empty_polls_ = 0;  // since then
 
   std::unordered_map<uint64_t, std::unique_ptr<VerbsPeer>> peers_;  // by nonce

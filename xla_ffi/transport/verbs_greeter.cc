@@ -87,7 +87,7 @@ void VerbsGreeter::Send(const VerbsWay& way, const VerbsAddress& to,
   work.sg_list = &piece;
   work.num_sge = 1;
   work.opcode = IBV_WR_SEND;
-  work.send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
+  work.send_flags = IBV_SEND_SIGNALED;
   work.wr.ud.ah = way.get();
   work.wr.ud.remote_qpn = to.queue_pair;
   work.wr.ud.remote_qkey = to.queue_key;

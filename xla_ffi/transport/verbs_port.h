@@ -74,10 +74,7 @@ class VerbsPort {
   // The way to the port of `address`, for packets of one flow.
   ibv_ah_attr WayTo(const VerbsAddress& address, uint32_t flow) const;
 
-  // `arrivals_only`: of what peers mark as solicited, and not of our own posts.
-  void RequestNotice(bool arrivals_only) {
-    (void)ibv_req_notify_cq(queue_.get(), arrivals_only ? 1 : 0);
-  }
+  void RequestNotice() { (void)ibv_req_notify_cq(queue_.get(), 0); }
   bool TakeNotices();  // whether there was one
 
   // The word for what has befallen the device, if it can do nothing any more.
