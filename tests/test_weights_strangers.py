@@ -32,6 +32,8 @@ def hello(version: int, nbytes: int) -> bytes:
         hello(_frames.VERSION, 999999999999),
         hello(_frames.VERSION, 3),
         b"\x00abc",
+        b"\x01\x01",
+        _frames.credit((1 << 32) - 1, whole=False),
         b'{"kind":"use","version":7,"number":1}',
         b'{"kind":"have","version":1,"verify_us":0,"unpack_us":0}',
     ],

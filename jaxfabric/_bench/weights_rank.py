@@ -32,7 +32,7 @@ from jaxfabric.weights._tiles import (
 TIMEOUT_S = 120.0
 _PROBE_BYTES = 64 << 20  # more than caches hold
 _PROBE_SECONDS = 0.3
-_RING = 4  # buckets under way to each peer, as a Sender has them
+_STAGING, _SLOTS = 3, 2  # buckets, as a Sender packs them, and a Receiver has them
 _WIRE_ID = 1 << 20  # its counts
 
 Array = npt.NDArray[Any]
@@ -131,7 +131,7 @@ class Rank:
 
     def wire_ready(self, addresses: list[str]) -> dict[str, Any]:
         """Memory that others may write into, as much as is under way at a time."""
-        self._ring = self.raw.alloc((len(addresses), _RING, self.plan.bucket_bytes))
+        self._ring = self.raw.alloc((len(addresses), _SLOTS, self.plan.bucket_bytes))
         return {"memory": self._ring.desc.to_bytes().hex()}
 
     def close(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Trainer(Rank):
         """Connects to the ranks that it will write to, and makes a ring for each."""
         self._peers = [self.raw.connect(bytes.fromhex(p)).result() for p in peers]
         self._memories = [jf.MrDesc.from_bytes(bytes.fromhex(m)) for m in memories]
-        self._outgoing = self.raw.alloc((_RING, self.plan.bucket_bytes))
+        self._outgoing = self.raw.alloc((_STAGING, self.plan.bucket_bytes))
         self._outgoing.array[:] = 1
         return {}
 
@@ -190,12 +190,12 @@ class Trainer(Rank):
         ]
         under_way: list[Any] = []
         for turn, (target, number, nbytes) in enumerate(turns):
-            if len(under_way) == _RING:
+            if len(under_way) == _STAGING:
                 under_way.pop(0).result()
-            slot = self.rank * _RING + number % _RING
+            slot = self.rank * _SLOTS + number % _SLOTS
             under_way.append(
                 self.raw.submit_single_write(
-                    self._outgoing.array[turn % _RING, :nbytes],
+                    self._outgoing.array[turn % _STAGING, :nbytes],
                     self._memories[target],
                     _WIRE_ID,
                     target_offset=slot * self.plan.bucket_bytes,

@@ -23,8 +23,9 @@ _CORE_PHASES = ("pack", "seal", "transfer", "of it write", "verify", "unpack", "
 
 NOTES = """\
 Whole: from the request until the sampler's ranks have arrays on their devices. Wire:
-the push's own writes by the same engine and nothing else, until all have come. Of
-wire: how near a time comes to that; core: seconds that the cores of all ranks worked.
+the push's own writes by the same engine, between as many buffers, and nothing else,
+until all have come. Of wire: how near a time comes to that; core: seconds that the
+cores of all ranks worked.
 p99 is the longest of fewer than 100 rounds. Phases are of the slowest rank, and
 overlap; the transfer phase is from the leave to write until the last write's end at
 its source, and in core seconds all that no other phase is: where writes are work of

@@ -197,7 +197,7 @@ class Arrivals:
         assert self._plan is not None
         memory = source.ring.array[slot]
         version, number = claimed(memory)
-        whole = number < len(source.buckets) and version == self._versions.filling
+        whole = number < len(source.buckets) and 0 < version == self._versions.filling
         if whole:
             whole = self._take_bucket(source.buckets[number], memory, version, number)
             (source.taken.add if whole else source.taken.discard)(number)
@@ -207,9 +207,9 @@ class Arrivals:
         except FabricError as error:
             self._drop(source.peer, error)
             return
-        kind = "took" if whole else "spoilt"
-        self._tell(source.peer, kind, slot=slot)
-        self._advance()
+        self._send(source.peer, _frames.credit(slot, whole))
+        if source.complete:
+            self._advance()
 
     def _take_bucket(
         self, bucket: Bucket, slot: Bytes, version: int, number: int

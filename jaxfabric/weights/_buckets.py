@@ -10,7 +10,7 @@ from typing import NamedTuple
 BLOCK = 128  # of quantised leaves, in both dimensions
 _ALIGNMENT = 64  # of boxes in a bucket
 _BUCKETS_MIN = 8  # between two ranks, unless they are smaller than the next
-_SMALLEST = 1 << 20
+_SMALLEST = 4 << 20
 
 
 class Move(NamedTuple):
@@ -52,11 +52,11 @@ class Bucket(NamedTuple):
 def bucket_size(nbytes: int, bucket_bytes: int) -> int:
     """How large the buckets between two ranks are that share so many bytes.
 
-    Some buckets for any two ranks let packing, writing and unpacking overlap; below a
-    MiB the bookkeeping of each costs more than that.
+    Some buckets for any two ranks let packing, writing and unpacking overlap; below
+    some MiB the bookkeeping of each costs as much as its bytes.
 
-    >>> bucket_size(16 << 20, 16 << 20) >> 20
-    2
+    >>> bucket_size(64 << 20, 16 << 20) >> 20
+    8
     """
     return min(bucket_bytes, max(_SMALLEST, nbytes // _BUCKETS_MIN))
 

@@ -72,6 +72,11 @@ class Deliveries:
     def _on_message(self, peer: int, data: bytes) -> None:
         target = self._targets.get(peer)
         try:
+            credit = _frames.credited(data)
+            if credit is not None:
+                if target is not None:
+                    self._on_credit(target, *credit)
+                return
             if _frames.is_part(data):
                 if target is not None and target.layout_parts is not None:
                     self._take_layout(target, data)
@@ -162,18 +167,13 @@ class Deliveries:
                 job.push._phases.wall["wait"] = job.first_post - job.waits_since
             self._pump()
 
-    def _on_took(self, target: Target, fields: dict[str, Any]) -> None:
-        if target.under_way.pop(fields["slot"], None) is not None:
-            target.slots.append(fields["slot"])
-            self._pump()
-
-    def _on_spoilt(self, target: Target, fields: dict[str, Any]) -> None:
-        found = target.under_way.pop(fields["slot"], None)
+    def _on_credit(self, target: Target, slot: int, whole: bool) -> None:
+        found = target.under_way.pop(slot, None)
         if found is None:
             return
-        target.slots.append(fields["slot"])
+        target.slots.append(slot)
         version, number = found
-        if target.job is not None and version == target.job.version:
+        if not whole and target.job is not None and version == target.job.version:
             target.spoilt += 1
             target.again.append(number)
             if target.spoilt > _TRIES:
@@ -393,8 +393,6 @@ def _judged(target: Target, error: FabricError) -> FabricError:
 _HANDLERS: dict[str, Callable[[Deliveries, Target, dict[str, Any]], None]] = {
     "ready": Deliveries._on_ready,
     "go": Deliveries._on_go,
-    "took": Deliveries._on_took,
-    "spoilt": Deliveries._on_spoilt,
     "have": Deliveries._on_have,
     "refuse": Deliveries._on_refuse,
 }

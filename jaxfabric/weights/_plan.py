@@ -184,7 +184,8 @@ class Plan:
                     raise PlanMismatchError(
                         f"jf.weights.plan: {leaf.name} of shape {leaf.shape} is cut "
                         f"into tiles of {sizes}, through blocks of {BLOCK}x{BLOCK}; "
-                        "cut it at multiples of them, or elsewhere"
+                        "cut it at multiples of them, or elsewhere, or quantise in "
+                        "the trainer's program and push payload and scales"
                     )
         if (target.mesh, target.spec) != (scales.mesh, scales.spec):
             raise PlanMismatchError(

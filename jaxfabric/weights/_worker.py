@@ -7,7 +7,9 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 _JOIN_S = 10.0
 _LOOK_S = 3600.0  # a queue takes no endless time limits
@@ -28,6 +30,8 @@ class Worker:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        # At exit it must let go of its engine while Python still runs.
+        self._end = weakref.finalize(self, _end, self._queue, self._thread)
 
     def post(self, work: Callable[[], object]) -> None:
         """Runs ``work()`` after what was posted before; nothing after `close`."""
@@ -42,8 +46,7 @@ class Worker:
         """Ends after what was posted; not to be called by the worker itself."""
         if not self._closed:
             self._closed = True
-            self._queue.put(None)
-            self._thread.join(_JOIN_S)
+            self._end()
 
     def _run(self) -> None:
         while True:
@@ -69,3 +72,8 @@ class Worker:
     def _next_due(self) -> Callable[[], object]:
         first = min(range(len(self._due)), key=lambda i: self._due[i][0])
         return self._due.pop(first)[1]
+
+
+def _end(work: queue.SimpleQueue[Any], thread: threading.Thread) -> None:
+    work.put(None)
+    thread.join(_JOIN_S)
