@@ -234,3 +234,20 @@ def test_low_precision_gradients(implementation: str) -> None:
     np.testing.assert_allclose(
         dw, np.broadcast_to(rows, dw.shape), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("fabric", marks=NEEDS_NATIVE)]
+)
+def test_no_rank_is_promoted(implementation: str) -> None:
+    """Some programs forbid it everywhere: jax_numpy_rank_promotion="raise"."""
+    rng = np.random.default_rng(0)
+    x, weights = data(rng, N, T, D, K)
+    w = rng.normal(size=(E, D, D)).astype(np.float32)
+    mesh = make_mesh(N)
+    ids = moe_oracle.routing("skips", rng, N, T, K, E)
+    program = sharded(mesh, ids, "whole", implementation=implementation)
+    gradient = jax.grad(functools.partial(second, program), (0, 1, 2))
+    with jax.numpy_rank_promotion("raise"), open_fabric(implementation, mesh):
+        got = jax.eval_shape(gradient, x, weights, w)
+    assert [g.shape for g in got] == [x.shape, weights.shape, w.shape]

@@ -18,7 +18,9 @@ _Array = jax.Array
 def destinations(c: Config, ids: _Array) -> _Array:
     """bool[..., N]: does a token with these ids int32[..., K] go to this rank?"""
     owner = jnp.where(is_route(c, ids), ids // c.local_experts, -1)
-    return (owner[..., None, :] == jnp.arange(c.num_ranks)[:, None]).any(-1)
+    # As many axes as owner[..., None, :] has: some programs forbid rank promotion.
+    ranks = jnp.arange(c.num_ranks).reshape((1,) * (ids.ndim - 1) + (-1, 1))
+    return (owner[..., None, :] == ranks).any(-1)
 
 
 def is_route(c: Config, ids: _Array) -> _Array:

@@ -219,7 +219,8 @@ def _replay_scalars(
     mine = ids // c.local_experts == lax.axis_index(c.axis_name)
     mine &= _layout.is_route(c, ids)
     slot = jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, c.slots)
-    here = slot[:, None, :] == jnp.arange(c.slots)[:, None]  # [N*T, S, K]
+    # [N*T, S, K]
+    here = slot[:, None, :] == jnp.arange(c.slots)[None, :, None]
     by_slot = jnp.where(here, rows[:, None, :k], 0).sum(-1)
     target = jnp.where(routes.slot_row < 0, c.rows, routes.slot_row)
     result = jnp.zeros(c.rows, values.dtype).at[target].set(by_slot, mode="drop")
