@@ -186,7 +186,7 @@ def test_the_page_about_weights_is_one_program(tmp_path: Path) -> None:
     assert "experts.w1 is float32 at the source and experts.w1 is bfloat16" in printed
     assert "{'sampler/0': 'Receipt'}" in printed
     assert "still version 2" in printed
-    assert "rank 0 of the sampler takes at most 1.13 GiB" in printed
+    assert "rank 0 of the sampler takes at most 0.16 GiB" in printed
 
 
 @pytest.mark.example

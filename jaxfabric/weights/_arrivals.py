@@ -11,7 +11,7 @@ from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric._transfer_memory import Region
 from jaxfabric.weights import _frames
 from jaxfabric.weights._agreement import Agreement
-from jaxfabric.weights._buckets import Bucket
+from jaxfabric.weights._buckets import Bucket, largest
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import unpack
@@ -129,13 +129,13 @@ class Arrivals:
         if whole is None:
             return
         source.parts = None
-        made = self._use_plan(source, whole)
+        self._use_plan(source, whole)
         for other in list(self._sources.values()):
             if other is not source and other.rank == source.rank:
                 self._replace(other, "it was started again")
         self._versions.forgive()
         source.buckets = self._buckets.get(source.rank, [])
-        slot_bytes = HEADER_BYTES + made.bucket_bytes
+        slot_bytes = HEADER_BYTES + largest(source.buckets)
         slots = max(1, min(self._slots, len(source.buckets)))
         source.ring = self.engine.alloc((slots, slot_bytes))
         self._rings.append(source.ring)
@@ -151,11 +151,11 @@ class Arrivals:
             memory=source.ring.desc.to_bytes().hex(),
         )
 
-    def _use_plan(self, source: Source, data: bytes) -> Plan:
+    def _use_plan(self, source: Source, data: bytes) -> None:
         """The plan of all sources: it is read once."""
         digest = hashlib.sha256(data).digest()
         if self._plan is not None and digest == self._plan_digest:
-            return self._plan
+            return
         made = Plan.from_bytes(data)
         if made.target != self.layout:
             raise FabricError("jf.weights: the sender's plan leads to another layout")
@@ -165,7 +165,6 @@ class Arrivals:
             if other is not source and other.ring is not None:
                 self._replace(other, "another plan has come")
         self._plan, self._plan_digest, self._buckets = made, digest, buckets
-        return made
 
     def _replace(self, source: Source, why: str) -> None:
         self._tell(source.peer, "refuse", version=0, why=why)

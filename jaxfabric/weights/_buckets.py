@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 BLOCK = 128  # of quantised leaves, in both dimensions
 _ALIGNMENT = 64  # of boxes in a bucket
-_BUCKETS_MIN = 8  # between two ranks, unless they are smaller than the next
+_BUCKETS_MIN = 4  # between two ranks, unless they are smaller than the next
 _SMALLEST = 4 << 20
+_SOURCES_FULL = 64  # of more, each has a smaller share of a receiver's memory
 
 
 class Move(NamedTuple):
@@ -49,16 +50,26 @@ class Bucket(NamedTuple):
     nbytes: int
 
 
-def bucket_size(nbytes: int, bucket_bytes: int) -> int:
+def bucket_size(nbytes: int, bucket_bytes: int, sources: int) -> int:
     """How large the buckets between two ranks are that share so many bytes.
 
     Some buckets for any two ranks let packing, writing and unpacking overlap; below
-    some MiB the bookkeeping of each costs as much as its bytes.
+    some MiB the bookkeeping of each costs as much as its bytes. A receiver has slots
+    for each of the ``sources`` ranks.
 
-    >>> bucket_size(64 << 20, 16 << 20) >> 20
+    >>> bucket_size(64 << 20, 32 << 20, 4) >> 20
+    16
+    >>> bucket_size(1 << 30, 32 << 20, 256) >> 20
     8
     """
-    return min(bucket_bytes, max(_SMALLEST, nbytes // _BUCKETS_MIN))
+    share = bucket_bytes * _SOURCES_FULL // max(sources, _SOURCES_FULL)
+    return min(bucket_bytes, max(_SMALLEST, min(share, nbytes // _BUCKETS_MIN)))
+
+
+def largest(buckets: Iterable[Bucket]) -> int:
+    """Bytes of the largest, up to where another box may begin."""
+    most = max((bucket.nbytes for bucket in buckets), default=0)
+    return -(-most // _ALIGNMENT) * _ALIGNMENT
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

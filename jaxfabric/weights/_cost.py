@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jaxfabric.weights._buckets import bucket_size
 from jaxfabric.weights._plan import Plan
 
 
@@ -75,7 +76,8 @@ def estimate(plan: Plan, rates: Rates | None = None) -> Estimate:
     for (source, target), nbytes in plan.loads().items():
         sent[source] += nbytes
         received[target] += nbytes
-        writes[source] += -(-nbytes // plan.bucket_bytes)
+        size = bucket_size(nbytes, plan.bucket_bytes, len(plan.source.ranks))
+        writes[source] += -(-nbytes // size)
     busiest = max(sent, key=sent.__getitem__)
     most_sent, most_received = sent[busiest], max(received.values())
     most_writes = max(writes.values())

@@ -20,6 +20,7 @@ from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights import _frames
+from jaxfabric.weights._buckets import largest
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
@@ -123,6 +124,7 @@ class Deliveries:
         if target.rank not in layout.ranks:
             raise FabricError(f"jf.weights: the target's layout has no {target.rank}")
         target.buckets = target.plan.sends(self.rank).get(target.rank, [])
+        target.slot_bytes = HEADER_BYTES + largest(target.buckets)
         data = target.plan.to_bytes()
         self._tell(
             *(target.peer, "welcome"),
@@ -277,7 +279,7 @@ class Deliveries:
                 slot_bytes,
                 target.memory,
                 target.first_id + slot,
-                target_offset=slot * (HEADER_BYTES + made.bucket_bytes),
+                target_offset=slot * target.slot_bytes,
                 timeout_s=max(0.1, job.until - time.monotonic()),
             )
         except Exception as error:  # a ring that makes no sense may raise anything

@@ -29,7 +29,7 @@ from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import Link, Rename, match, view
 from jaxfabric.weights._tiles import tile_shape, tiles_of
 
-BUCKET_BYTES = 16 << 20
+BUCKET_BYTES = 32 << 20
 _BUCKET_BYTES_MIN = 1 << 18  # a row of quantised blocks fits
 _TEXT_BYTES_MAX = 1 << 28
 
@@ -120,7 +120,9 @@ class Plan:
                 in_buckets(
                     ((move, self.links[move.link].scales >= 0) for move in of_rank),
                     bucket_size(
-                        sum(move.nbytes for move in of_rank), self.bucket_bytes
+                        sum(move.nbytes for move in of_rank),
+                        self.bucket_bytes,
+                        len(self.source.ranks),
                     ),
                 )
             )

@@ -120,7 +120,7 @@ class Sender(Deliveries):
         jobs = [self._latest, self._current, *list(self._queue)]
         kept = {id(job.tile_of): job.tile_of.nbytes for job in jobs if job is not None}
         rings = [
-            (len(target.slots) + len(target.under_way)) * target.plan.bucket_bytes
+            (len(target.slots) + len(target.under_way)) * target.slot_bytes
             for target in list(self._targets.values())
             if target.plan is not None
         ]

@@ -40,6 +40,7 @@ class Target:
       layout_parts: until its layout is there.
       plan: to its layout.
       buckets: of this rank to it.
+      slot_bytes: of each slot of its ring.
       memory: its ring of slots; ``None`` until it is ready.
       first_id: counts of slot ``i`` go to ``first_id + i``.
       job: what it is being sent, or waits for.
@@ -59,6 +60,7 @@ class Target:
     layout_parts: Parts | None
     plan: Plan | None = None
     buckets: list[Bucket] = dataclasses.field(default_factory=list)
+    slot_bytes: int = 0
     memory: MrDesc | None = None
     first_id: int = 0
     job: Job | None = None
