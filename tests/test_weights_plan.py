@@ -38,6 +38,7 @@ from jaxfabric.weights import (
     estimate,
     plan,
 )
+from jaxfabric.weights._buckets import Bucket, bucket_size, largest
 from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import Tile, pack, unpack
 from jaxfabric.weights._quantise import quantise
@@ -408,3 +409,13 @@ def test_an_estimate_is_that_of_the_busiest_rank() -> None:
     assert found.pack_s == pytest.approx(2 * 2 * MIB / 8e9)
     assert found.unpack_s == pytest.approx(2 * MIB / 8e9)
     assert found.total_s == found.link_s
+
+
+def test_buckets_shrink_with_what_ranks_share_and_with_their_number() -> None:
+    assert bucket_size(1 << 30, 32 * MIB, 4) == 32 * MIB
+    assert bucket_size(64 * MIB, 32 * MIB, 4) == 16 * MIB  # some of them overlap
+    assert bucket_size(1 * MIB, 32 * MIB, 4) == 4 * MIB
+    assert bucket_size(1 << 30, 32 * MIB, 256) == 8 * MIB
+    assert bucket_size(1 << 30, 1 * MIB, 4) == 1 * MIB
+    assert largest([]) == 0
+    assert largest([Bucket((), 100), Bucket((), 64)]) == 128

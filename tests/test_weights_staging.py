@@ -10,6 +10,7 @@ from transfer_cases import PATIENCE_S, until
 from weights_cases import assert_tiles, jobs, mesh, whole_arrays
 
 import jaxfabric as jf
+from jaxfabric.weights import _frames
 
 SOURCE = tree(mesh(1), leaf("w", (64, 1 << 16)))
 BUCKET_BYTES = 1 << 18
@@ -64,3 +65,17 @@ def test_a_ring_that_cannot_be_written_keeps_no_staging() -> None:
         with pytest.raises(jf.FabricError, match="ring cannot be written"):
             push.wait(PATIENCE_S)
         assert sender._staging.left == 2
+
+
+def test_a_credit_for_a_slot_that_is_not_full_counts_for_nothing() -> None:
+    with jobs("shm", SOURCE, SOURCE, bucket_bytes=BUCKET_BYTES) as both:
+        sender = both.senders[0]
+        push = sender.push(whole_arrays(SOURCE), 1, timeout_s=PATIENCE_S)
+        push.wait(PATIENCE_S)
+        (target,) = sender._targets.values()
+        until(lambda: not target.under_way)
+        free = sorted(target.slots)
+        for slot in (free[0], 1 << 31):
+            sender._on_message(target.peer, _frames.credit(slot, whole=False))
+        assert sorted(target.slots) == free
+        assert target in sender._targets.values()
