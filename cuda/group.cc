@@ -127,9 +127,8 @@ StatusOr<std::unique_ptr<Group>> Group::Create(
   }
   std::unique_ptr<Group> group(new Group(mesh_shape, static_cast<int>(ranks),
                                          window_bytes, mailbox_bytes));
-  JF_ASSIGN_OR_RETURN(group->memory_,
-                      GroupMemory::Take(key, {mesh_shape, group->window_bytes_,
-                                              group->mailbox_bytes_}));
+  group->memory_ = GroupMemory::Take(
+      key, {mesh_shape, group->window_bytes_, group->mailbox_bytes_});
   return group;
 }
 
@@ -273,9 +272,7 @@ StatusOr<int> Group::AllocateWindow(uint64_t bytes) {
                       std::to_string(kWindowsMax) +
                       "; raise JAXFABRIC_WINDOW_BYTES on all ranks");
   }
-  const Window window = {kWindowsBegin + windows_used_, bytes};
-  JF_RETURN_IF_ERROR(memory_->SetWindow(windows_.size(), window));
-  windows_.push_back(window);
+  windows_.push_back({kWindowsBegin + windows_used_, bytes});
   windows_used_ =
       std::min(RoundUp(windows_used_ + bytes, kLineBytes), window_bytes_);
   return static_cast<int>(windows_.size()) - 1;

@@ -45,7 +45,14 @@ class Group {
   // A region of every rank's heap, the next one; returns its index. All ranks
   // allocate the same in the same order.
   StatusOr<int> AllocateWindow(uint64_t bytes);
-  using Window = GroupMemory::Window;
+  struct Window {
+    uint64_t begin;  // in the heap
+    uint64_t bytes;
+
+    bool operator==(const Window& other) const {
+      return begin == other.begin && bytes == other.bytes;
+    }
+  };
   StatusOr<Window> FindWindow(int64_t index) const;
 
   int ranks() const { return ranks_; }
@@ -73,6 +80,7 @@ class Group {
   int64_t calls() const { return calls_.load(std::memory_order_relaxed); }
   // Before a call of this group is captured.
   void NoteCapture() { memory_->NoteCapture(); }
+  int64_t memory_id() const { return memory_->id(); }
 
  private:
   struct Local {

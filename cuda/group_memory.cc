@@ -23,32 +23,32 @@ Left& TheLeft() {
   return *left;
 }
 
+int64_t NextId() {
+  static std::atomic<int64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
 Status Zeroed(void* data, size_t bytes) {
   return ToStatus(cudaMemset(data, 0, bytes), "cudaMemset");
 }
 
 }  // namespace
 
-StatusOr<std::unique_ptr<GroupMemory>> GroupMemory::Take(
-    int64_t key, const GroupLayout& layout) {
+GroupMemory::GroupMemory(int64_t key, const GroupLayout& layout)
+    : id_(NextId()), key_(key), layout_(layout) {}
+
+std::unique_ptr<GroupMemory> GroupMemory::Take(int64_t key,
+                                               const GroupLayout& layout) {
   Left& left = TheLeft();
   const std::lock_guard<std::mutex> lock(left.mutex);
+  std::unique_ptr<GroupMemory> memory;
   const auto found = left.by_key.find(key);
-  if (found == left.by_key.end()) {
-    return std::unique_ptr<GroupMemory>(new GroupMemory(key, layout));
+  if (found != left.by_key.end()) {
+    memory = std::move(found->second);
+    left.by_key.erase(found);
   }
-  const GroupLayout& before = found->second->layout_;
-  if (!(before == layout)) {
-    return Status(StatusCode::kFailedPrecondition,
-                  "XLA holds calls of the last Fabric of this mesh and name in "
-                  "CUDA graphs; open it with the sizes of then (window_bytes=" +
-                      std::to_string(before.window_bytes) + ", mailbox_bytes=" +
-                      std::to_string(before.mailbox_bytes) +
-                      "), or under another name=");
-  }
-  auto memory = std::move(found->second);
-  left.by_key.erase(found);
-  return memory;
+  if (memory != nullptr && memory->layout_ == layout) return memory;
+  return std::unique_ptr<GroupMemory>(new GroupMemory(key, layout));
 }
 
 void GroupMemory::Leave(std::unique_ptr<GroupMemory> memory) {
@@ -116,24 +116,6 @@ StatusOr<const AddressRange*> GroupMemory::ForHeap(int rank, size_t bytes) {
                       std::to_string(range->bytes()));
   }
   return range.get();
-}
-
-Status GroupMemory::SetWindow(size_t index, Window window) {
-  if (index == windows_.size()) {
-    windows_.push_back(window);
-    return OkStatus();
-  }
-  if (captured() && windows_[index].bytes != window.bytes) {
-    return Status(
-        StatusCode::kFailedPrecondition,
-        "window " + std::to_string(index) + " had " +
-            std::to_string(windows_[index].bytes) +
-            " bytes under the last Fabric of this mesh and name, of which XLA "
-            "holds calls in CUDA graphs; make the same windows in the same "
-            "order, or open the Fabric under another name=");
-  }
-  windows_[index] = window;
-  return OkStatus();
 }
 
 }  // namespace jaxfabric::cuda

@@ -4,8 +4,9 @@
 // XLA replays a captured call with the arguments that it had, also after its
 // Fabric was closed and opened again, when a program must run under the new
 // one. So the successor of a Group that calls were captured under has its
-// memory at the same addresses. Between the two only addresses of heaps are
-// kept, no memory behind them; of the rest, which is small, both.
+// memory at the same addresses, unless it has other sizes: then the program is
+// refused (CallState). Between the two only addresses of heaps are kept, no
+// memory behind them; of the rest, which is small, both.
 
 #ifndef JAXFABRIC_CUDA_GROUP_MEMORY_H_
 #define JAXFABRIC_CUDA_GROUP_MEMORY_H_
@@ -46,17 +47,13 @@ class GroupMemory {
     uint32_t* stamps = nullptr;
     ErrorWord* error = nullptr;  // pinned, mapped
   };
-  struct Window {
-    uint64_t begin;  // in the heap
-    uint64_t bytes;
-  };
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
   static constexpr int kPagesMax = 1 << 20;
 
-  // What the last Group of this key left behind, or nothing yet. An error if
-  // captured calls have other addresses than `layout` would give them.
-  static StatusOr<std::unique_ptr<GroupMemory>> Take(int64_t key,
-                                                     const GroupLayout& layout);
+  // What the last Group of this key left behind, if its layout was the same;
+  // nothing yet otherwise, and that of before is freed.
+  static std::unique_ptr<GroupMemory> Take(int64_t key,
+                                           const GroupLayout& layout);
   // For the next Take of its key, if calls were captured; freed otherwise. No
   // kernel uses it, and no heap is mapped.
   static void Leave(std::unique_ptr<GroupMemory> memory);
@@ -68,21 +65,19 @@ class GroupMemory {
   StatusOr<Local> ForRank(int rank, int device);
   // Where the heap of a rank, of `bytes`, is mapped.
   StatusOr<const AddressRange*> ForHeap(int rank, size_t bytes);
-  // The window that is the `index`-th. An error if captured calls know another.
-  Status SetWindow(size_t index, Window window);
-
+  // Positive, and never that of another in this process.
+  int64_t id() const { return id_; }
   void NoteCapture() { captured_.store(true, std::memory_order_relaxed); }
 
  private:
-  GroupMemory(int64_t key, const GroupLayout& layout)
-      : key_(key), layout_(layout) {}
+  GroupMemory(int64_t key, const GroupLayout& layout);
   bool captured() const { return captured_.load(std::memory_order_relaxed); }
 
+  const int64_t id_;
   const int64_t key_;
   const GroupLayout layout_;
   std::map<int, Local> local_;
   std::map<int, std::unique_ptr<AddressRange>> heaps_;
-  std::vector<Window> windows_;
   std::atomic<bool> captured_{false};
 };
 

@@ -83,8 +83,8 @@ Status CheckMessage(const MoeShape& shape, const Peers& peers) {
 }
 
 Status RunDispatch(const Target& target, const MoeAttributes& attributes,
-                   const Buffer& x, const Buffer& ids, DispatchBuffers buffers,
-                   cudaStream_t stream) {
+                   const Buffer& x, const Buffer& ids,
+                   DispatchBuffers buffers) {
   JF_ASSIGN_OR_RETURN(const MoeShape shape,
                       ShapeOf(attributes, target.peers.ranks, x, ids, false,
                               buffers.scales != nullptr));
@@ -99,7 +99,7 @@ Status RunDispatch(const Target& target, const MoeAttributes& attributes,
   }
   if (shape.expand) buffers.row_index = nullptr;
   return ToStatus(LaunchDispatch(target.peers, shape, grid, buffers,
-                                 target.group->Workspace(rank), stream),
+                                 target.group->Workspace(rank), target.stream),
                   "launch");
 }
 
@@ -133,61 +133,60 @@ DispatchBuffers BuffersOf(const Buffer& x, const Buffer& ids,
           DataOf<int32_t>(results.dropped)};
 }
 
-ffi::Error Dispatch(cudaStream_t stream, int32_t device,
-                    MoeAttributes attributes, Position position, Buffer x,
-                    Buffer ids, Buffer weights, Buffer token, Result tokens,
-                    Result group_sizes, Result row_weights, Result row_index,
-                    Result recv_count, Result slot_row, Result sent,
-                    Result dropped, Result token_out,
-                    ffi::RemainingRets scales) {
+ffi::Error Dispatch(CallContext context, MoeAttributes attributes,
+                    Position position, Buffer x, Buffer ids, Buffer weights,
+                    Buffer token, Result tokens, Result group_sizes,
+                    Result row_weights, Result row_index, Result recv_count,
+                    Result slot_row, Result sent, Result dropped,
+                    Result token_out, ffi::RemainingRets scales) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     DispatchResults results = {tokens,    group_sizes, row_weights,
                                row_index, recv_count,  slot_row,
                                sent,      dropped,     scales};
     return RunDispatch(target, attributes, x, ids,
-                       BuffersOf(x, ids, weights, results), stream);
+                       BuffersOf(x, ids, weights, results));
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error DispatchStart(cudaStream_t stream, int32_t device,
-                         MoeAttributes attributes, Position position, Buffer x,
-                         Buffer ids, Buffer weights, Buffer token,
+ffi::Error DispatchStart(CallContext context, MoeAttributes attributes,
+                         Position position, Buffer x, Buffer ids,
+                         Buffer weights, Buffer token,
                          ffi::Result<Pending> pending, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(stream, device, attributes, position, token,
+                        FindTarget(context, attributes, position, token,
                                    token_out, Phase::kStart));
     target.peers.pending = pending->typed_data();
     DispatchBuffers buffers = {};
     buffers.x = DataOf<char>(x);
     buffers.ids = DataOf<int32_t>(ids);
     buffers.weights = DataOf<float>(weights);
-    return RunDispatch(target, attributes, x, ids, buffers, stream);
+    return RunDispatch(target, attributes, x, ids, buffers);
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error DispatchDone(cudaStream_t stream, int32_t device,
-                        MoeAttributes attributes, Position position,
-                        Pending pending, Buffer x, Buffer ids, Buffer weights,
-                        Buffer token, Result tokens, Result group_sizes,
-                        Result row_weights, Result row_index, Result recv_count,
-                        Result slot_row, Result sent, Result dropped,
-                        Result token_out, ffi::RemainingRets scales) {
+ffi::Error DispatchDone(CallContext context, MoeAttributes attributes,
+                        Position position, Pending pending, Buffer x,
+                        Buffer ids, Buffer weights, Buffer token, Result tokens,
+                        Result group_sizes, Result row_weights,
+                        Result row_index, Result recv_count, Result slot_row,
+                        Result sent, Result dropped, Result token_out,
+                        ffi::RemainingRets scales) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(stream, device, attributes, position, token,
+                        FindTarget(context, attributes, position, token,
                                    token_out, Phase::kDone));
     target.peers.pending = pending.typed_data();
     DispatchResults results = {tokens,    group_sizes, row_weights,
                                row_index, recv_count,  slot_row,
                                sent,      dropped,     scales};
     return RunDispatch(target, attributes, x, ids,
-                       BuffersOf(x, ids, weights, results), stream);
+                       BuffersOf(x, ids, weights, results));
   };
   return ToError(run(), attributes.label);
 }
@@ -199,8 +198,7 @@ struct CombineOperands {
 
 // `y` and `slot_scalars` are null in the first half.
 Status RunCombine(const Target& target, const MoeAttributes& attributes,
-                  const CombineOperands& o, char* y, float* slot_scalars,
-                  cudaStream_t stream) {
+                  const CombineOperands& o, char* y, float* slot_scalars) {
   const bool with_scalars = o.scalars.element_count() != 0;
   JF_ASSIGN_OR_RETURN(MoeShape shape, ShapeOf(attributes, target.peers.ranks,
                                               o.rows, o.ids, with_scalars));
@@ -216,70 +214,68 @@ Status RunCombine(const Target& target, const MoeAttributes& attributes,
                                   with_scalars ? slot_scalars : nullptr};
   const int blocks = target.group->BlocksMax(target.rank);
   return ToStatus(LaunchCombine(target.peers, shape, CombineGrid(shape, blocks),
-                                buffers, stream),
+                                buffers, target.stream),
                   "launch");
 }
 
-ffi::Error Combine(cudaStream_t stream, int32_t device,
-                   MoeAttributes attributes, Position position, Buffer rows,
-                   Buffer row_weights, Buffer scalars, Buffer ids,
-                   Buffer recv_count, Buffer slot_row, Buffer token, Result y,
-                   Result slot_scalars, Result token_out) {
+ffi::Error Combine(CallContext context, MoeAttributes attributes,
+                   Position position, Buffer rows, Buffer row_weights,
+                   Buffer scalars, Buffer ids, Buffer recv_count,
+                   Buffer slot_row, Buffer token, Result y, Result slot_scalars,
+                   Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     return RunCombine(target, attributes,
                       {rows, row_weights, scalars, ids, recv_count, slot_row},
-                      DataOf<char>(y), DataOf<float>(slot_scalars), stream);
+                      DataOf<char>(y), DataOf<float>(slot_scalars));
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error CombineStart(cudaStream_t stream, int32_t device,
-                        MoeAttributes attributes, Position position,
-                        Buffer rows, Buffer row_weights, Buffer scalars,
-                        Buffer ids, Buffer recv_count, Buffer slot_row,
-                        Buffer token, ffi::Result<Pending> pending,
-                        Result token_out) {
+ffi::Error CombineStart(CallContext context, MoeAttributes attributes,
+                        Position position, Buffer rows, Buffer row_weights,
+                        Buffer scalars, Buffer ids, Buffer recv_count,
+                        Buffer slot_row, Buffer token,
+                        ffi::Result<Pending> pending, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(stream, device, attributes, position, token,
+                        FindTarget(context, attributes, position, token,
                                    token_out, Phase::kStart));
     target.peers.pending = pending->typed_data();
     return RunCombine(target, attributes,
                       {rows, row_weights, scalars, ids, recv_count, slot_row},
-                      nullptr, nullptr, stream);
+                      nullptr, nullptr);
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error CombineDone(cudaStream_t stream, int32_t device,
-                       MoeAttributes attributes, Position position,
-                       Pending pending, Buffer rows, Buffer row_weights,
-                       Buffer scalars, Buffer ids, Buffer recv_count,
-                       Buffer slot_row, Buffer token, Result y,
-                       Result slot_scalars, Result token_out) {
+ffi::Error CombineDone(CallContext context, MoeAttributes attributes,
+                       Position position, Pending pending, Buffer rows,
+                       Buffer row_weights, Buffer scalars, Buffer ids,
+                       Buffer recv_count, Buffer slot_row, Buffer token,
+                       Result y, Result slot_scalars, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(Target target,
-                        FindTarget(stream, device, attributes, position, token,
+                        FindTarget(context, attributes, position, token,
                                    token_out, Phase::kDone));
     target.peers.pending = pending.typed_data();
     return RunCombine(target, attributes,
                       {rows, row_weights, scalars, ids, recv_count, slot_row},
-                      DataOf<char>(y), DataOf<float>(slot_scalars), stream);
+                      DataOf<char>(y), DataOf<float>(slot_scalars));
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error Replay(cudaStream_t stream, int32_t device, MoeAttributes attributes,
+ffi::Error Replay(CallContext context, MoeAttributes attributes,
                   Position position, Buffer x, Buffer ids, Buffer recv_count,
                   Buffer slot_row, Buffer token, Result rows,
                   Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const MoeShape shape,
                         ShapeOf(attributes, target.peers.ranks, x, ids, false));
     JF_RETURN_IF_ERROR(CheckMessage(shape, target.peers));
@@ -288,7 +284,7 @@ ffi::Error Replay(cudaStream_t stream, int32_t device, MoeAttributes attributes,
         DataOf<int32_t>(slot_row), DataOf<char>(rows)};
     return ToStatus(
         LaunchReplay(target.peers, shape, target.group->BlocksMax(target.rank),
-                     buffers, stream),
+                     buffers, target.stream),
         "launch");
   };
   return ToError(run(), attributes.label);

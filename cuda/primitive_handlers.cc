@@ -1,4 +1,4 @@
-// The XLA FFI handlers of the primitives, and what runs before every call.
+// The XLA FFI handlers of the primitives.
 
 #include "primitive_kernels.h"
 #include "program_call.h"
@@ -47,6 +47,9 @@ StatusOr<WindowPlace> PlaceOf(const Target& target,
                               const PutAttributes& attributes) {
   JF_ASSIGN_OR_RETURN(const Group::Window window,
                       target.group->FindWindow(attributes.window));
+  if (target.captured != nullptr) {
+    target.captured->NoteWindow(attributes.window, window);
+  }
   if (attributes.id < 0 || attributes.id >= kIdsMax) {
     return Status(StatusCode::kInvalidArgument,
                   "id " + std::to_string(attributes.id) + " is out of range");
@@ -59,52 +62,52 @@ StatusOr<WindowPlace> PlaceOf(const Target& target,
 // Puts of equal parts of `x`; `target` is null for one to each rank.
 Status PutSlices(const Target& call, const PutAttributes& attributes,
                  const Buffer& x, int slices, const int32_t* target,
-                 const int32_t* offset, cudaStream_t stream) {
+                 const int32_t* offset) {
   JF_ASSIGN_OR_RETURN(const WindowPlace window, PlaceOf(call, attributes));
   const PutArguments put = {
       DataOf<char>(x), static_cast<int64_t>(x.size_bytes()) / slices,
       slices,          target,
       offset,          static_cast<int64_t>(ffi::ByteWidth(x.element_type())),
       window};
-  return ToStatus(LaunchPut(call.peers, put, kCopyBlocks, stream), "launch");
+  return ToStatus(LaunchPut(call.peers, put, kCopyBlocks, call.stream),
+                  "launch");
 }
 
-ffi::Error Put(cudaStream_t stream, int32_t device, PutAttributes attributes,
-               Position position, Buffer x, ffi::Buffer<ffi::S32> target,
+ffi::Error Put(CallContext context, PutAttributes attributes, Position position,
+               Buffer x, ffi::Buffer<ffi::S32> target,
                ffi::Buffer<ffi::S32> offset, Buffer token, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     return PutSlices(call, attributes, x, 1, target.typed_data(),
-                     offset.typed_data(), stream);
+                     offset.typed_data());
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error Scatter(cudaStream_t stream, int32_t device,
-                   PutAttributes attributes, Position position, Buffer x,
-                   ffi::Buffer<ffi::S32> offsets, Buffer token,
-                   Result token_out) {
+ffi::Error Scatter(CallContext context, PutAttributes attributes,
+                   Position position, Buffer x, ffi::Buffer<ffi::S32> offsets,
+                   Buffer token, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     return PutSlices(call, attributes, x, call.peers.ranks, nullptr,
-                     offsets.typed_data(), stream);
+                     offsets.typed_data());
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error PutPages(cudaStream_t stream, int32_t device,
-                    PutAttributes attributes, Position position, Buffer pages,
+ffi::Error PutPages(CallContext context, PutAttributes attributes,
+                    Position position, Buffer pages,
                     ffi::Buffer<ffi::S32> source, ffi::Buffer<ffi::S32> to,
                     ffi::Buffer<ffi::S32> target, Buffer token,
                     Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const WindowPlace window, PlaceOf(call, attributes));
     const int64_t count = pages.dimensions()[0];
     const int64_t bytes =
@@ -127,18 +130,18 @@ ffi::Error PutPages(cudaStream_t stream, int32_t device,
                                    target.typed_data(),
                                    call.group->PageStamps(call.rank),
                                    window};
-    return ToStatus(LaunchPutPages(call.peers, put, kCopyBlocks, stream),
+    return ToStatus(LaunchPutPages(call.peers, put, kCopyBlocks, call.stream),
                     "launch");
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error Wait(cudaStream_t stream, int32_t device, WaitAttributes attributes,
+ffi::Error Wait(CallContext context, WaitAttributes attributes,
                 Position position, Buffer token, Result out, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     JF_ASSIGN_OR_RETURN(const WindowPlace window, PlaceOf(call, attributes));
     if (out->size_bytes() != window.bytes) {
       return Status(
@@ -148,7 +151,7 @@ ffi::Error Wait(cudaStream_t stream, int32_t device, WaitAttributes attributes,
     }
     const WaitArguments wait = {DataOf<char>(out), window,
                                 static_cast<uint64_t>(attributes.count)};
-    return ToStatus(LaunchWait(call.peers, wait, kCopyBlocks, stream),
+    return ToStatus(LaunchWait(call.peers, wait, kCopyBlocks, call.stream),
                     "launch");
   };
   return ToError(run(), attributes.label);
@@ -165,13 +168,13 @@ Status CheckExchange(int64_t bytes, const Peers& peers) {
   return CheckMessageBytes(message, peers);
 }
 
-ffi::Error Exchange(cudaStream_t stream, int32_t device,
-                    ExchangeAttributes attributes, Position position, Buffer x,
-                    Buffer token, Result y, Result token_out) {
+ffi::Error Exchange(CallContext context, ExchangeAttributes attributes,
+                    Position position, Buffer x, Buffer token, Result y,
+                    Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target call,
-        FindTarget(stream, device, attributes, position, token, token_out));
+        FindTarget(context, attributes, position, token, token_out));
     const auto bytes = static_cast<int64_t>(x.size_bytes());
     JF_RETURN_IF_ERROR(CheckExchange(bytes, call.peers));
     ExchangeArguments exchange = {DataOf<char>(x), DataOf<char>(y), bytes, -1,
@@ -184,33 +187,21 @@ ffi::Error Exchange(cudaStream_t stream, int32_t device,
       if (target == call.peers.rank) exchange.from = source;
     }
     return ToStatus(
-        LaunchExchange(call.peers, exchange, kExchangeBlocks, stream),
+        LaunchExchange(call.peers, exchange, kExchangeBlocks, call.stream),
         "launch");
   };
   return ToError(run(), attributes.label);
 }
 
-ffi::Error Barrier(cudaStream_t stream, int32_t device,
-                   CallAttributes attributes, Position position, Buffer token,
-                   Result token_out) {
+ffi::Error Barrier(CallContext context, CallAttributes attributes,
+                   Position position, Buffer token, Result token_out) {
   const auto run = [&]() -> Status {
     JF_ASSIGN_OR_RETURN(
         const Target target,
-        FindTarget(stream, device, attributes, position, token, token_out));
-    return ToStatus(LaunchBarrier(target.peers, stream), "launch");
+        FindTarget(context, attributes, position, token, token_out));
+    return ToStatus(LaunchBarrier(target.peers, target.stream), "launch");
   };
   return ToError(run(), attributes.label);
-}
-
-// XLA runs it for each execution, also where the call itself is replayed from a
-// command buffer: so a failure on the device is an error of the next execution.
-ffi::Error BeforeCall(ffi::Dictionary attributes) {
-  const auto key = attributes.get<int64_t>("fabric");
-  const auto label = attributes.get<std::string_view>("label");
-  if (!key || !label) return ffi::Error::Success();
-  const auto published = GroupRegistry::Get().Find(*key);
-  if (!published.ok()) return ToError(published.status(), *label);
-  return ToError((*published).group->Failure(), *label);
 }
 
 }  // namespace
@@ -255,8 +246,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaExchange, Exchange,
                                   .Ret<Buffer>()
                                   .Ret<Buffer>(),
                               {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxfabricCudaBeforeCall, BeforeCall,
-                              ffi::Ffi::BindInitialize().Attrs());
 #pragma GCC visibility pop
 
 }  // namespace jaxfabric::cuda

@@ -7,10 +7,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 
 #include "base/status.h"
+#include "call_state.h"
 #include "driver_api.h"
 #include "group.h"
 #include "group_registry.h"
@@ -66,15 +68,24 @@ inline ffi::Error ToError(const Status& status, std::string_view label) {
 // The array that the first half of a call gives to its second.
 using Pending = ffi::BufferR1<ffi::U32>;
 
+// Where a call runs, and what is kept of it with its program.
+struct CallContext {
+  cudaStream_t stream;
+  int32_t device;
+  CallState* state;
+};
+
 // What the launch of a kernel needs; the group is kept by the registry, and
 // closing it waits for the device.
 struct Target {
   std::shared_ptr<Group> group;
   int rank;  // in the mesh; peers.rank counts along the call's axes
   Peers peers;
+  cudaStream_t stream;
+  CallState* captured;  // into a graph; null if it is launched
 };
 
-inline StatusOr<Target> FindTarget(cudaStream_t stream, int32_t device,
+inline StatusOr<Target> FindTarget(const CallContext& context,
                                    const CallAttributes& attributes,
                                    const Position& position,
                                    const Buffer& token, Result& token_out,
@@ -82,25 +93,30 @@ inline StatusOr<Target> FindTarget(cudaStream_t stream, int32_t device,
   JF_ASSIGN_OR_RETURN(const Published published,
                       GroupRegistry::Get().Find(attributes.fabric));
   JF_RETURN_IF_ERROR(published.group->Failure());
-  const int rank = published.group->RankOn(device);
+  const int rank = published.group->RankOn(context.device);
   if (rank < 0) {
     return Status(StatusCode::kFailedPrecondition,
-                  "device " + std::to_string(device) +
+                  "device " + std::to_string(context.device) +
                       " is not in the mesh of the Fabric");
   }
   const double timeout_s =
       attributes.timeout_s > 0 ? attributes.timeout_s : published.timeout_s;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  JF_RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(stream, &capture),
+  JF_RETURN_IF_ERROR(ToStatus(cudaStreamIsCapturing(context.stream, &capture),
                               "cudaStreamIsCapturing"));
-  if (capture != cudaStreamCaptureStatusNone) published.group->NoteCapture();
+  const bool captured = capture != cudaStreamCaptureStatusNone;
+  if (captured) {
+    published.group->NoteCapture();
+    context.state->NoteMemory(published.group->memory_id());
+  }
   published.group->CountCall();
   JF_ASSIGN_OR_RETURN(
       const Peers peers,
       published.group->PeersOf(rank,
                                {attributes.axes.begin(), attributes.axes.end()},
                                timeout_s, phase));
-  Target target = {published.group, rank, peers};
+  Target target = {published.group, rank, peers, context.stream,
+                   captured ? context.state : nullptr};
   target.peers.call = {position.typed_data(), DataOf<float>(token),
                        DataOf<float>(token_out)};
   return target;
@@ -117,12 +133,11 @@ inline Status CheckMessageBytes(uint64_t bytes, const Peers& peers) {
           "; open the Fabric with mailbox_bytes=" + std::to_string(bytes));
 }
 
-// Binds (stream, device, attributes, position, ...).
+// Binds (context, attributes, position, ...).
 template <typename Attributes>
 auto BindCall() {
   return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<CallContext>()
       .Attrs<Attributes>()
       .template Arg<Position>();
 }
@@ -131,5 +146,23 @@ auto BindCall() {
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jaxfabric::cuda::CallAttributes,
                                       JF_CUDA_CALL_ATTRIBUTES);
+
+template <>
+struct xla::ffi::CtxDecoding<::jaxfabric::cuda::CallContext> {
+  using Type = ::jaxfabric::cuda::CallContext;
+
+  static std::optional<Type> Decode(const XLA_FFI_Api* api,
+                                    XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(
+        api, context, diagnostic);
+    const auto device =
+        CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    const auto state = CtxDecoding<State<::jaxfabric::cuda::CallState>>::Decode(
+        api, context, diagnostic);
+    if (!stream || !device || !state) return std::nullopt;
+    return Type{*stream, *device, *state};
+  }
+};
 
 #endif  // JAXFABRIC_CUDA_PROGRAM_CALL_H_

@@ -63,6 +63,8 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.jaxfabric_cuda_error.restype = ctypes.c_char_p
     loaded.jaxfabric_cuda_calls.restype = ctypes.c_int64
+    for name in ("JaxfabricCudaCallTypeId", "JaxfabricCudaCallTypeInfo"):
+        getattr(loaded, name).restype = ctypes.c_void_p
     return loaded
 
 
@@ -70,12 +72,18 @@ def library() -> ctypes.CDLL:
 def register_targets() -> None:
     """Registers the handlers, once; to be called when something is lowered."""
     loaded = library()
-    before = jax.ffi.pycapsule(loaded.JaxfabricCudaBeforeCall)
+    kept: Any = {
+        "type_id": jax.ffi.pycapsule(loaded.JaxfabricCudaCallTypeId()),
+        "type_info": jax.ffi.pycapsule(loaded.JaxfabricCudaCallTypeInfo()),
+    }
+    jax.ffi.register_ffi_type("jaxfabric_cuda_call", kept, platform="CUDA")
+    around = {
+        "instantiate": jax.ffi.pycapsule(loaded.JaxfabricCudaNewCall),
+        "initialize": jax.ffi.pycapsule(loaded.JaxfabricCudaBeforeCall),
+    }
     for name, symbol in TARGETS.items():
-        handler = {
-            "initialize": before,
-            "execute": jax.ffi.pycapsule(getattr(loaded, symbol)),
-        }
+        execute = jax.ffi.pycapsule(getattr(loaded, symbol))
+        handler = around | {"execute": execute}
         jax.ffi.register_ffi_target(name, handler, platform="CUDA")
 
 

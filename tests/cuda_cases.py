@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -500,13 +501,15 @@ def run(cases: dict[str, Any], mesh: jax.sharding.Mesh, alone: bool) -> None:
         print(f"passed {case} in {time.monotonic() - began:.1f} s", flush=True)
 
 
-def command_line() -> jax.sharding.Mesh:
-    """The mesh that the command line asks for."""
+def command_line(known: Iterable[str]) -> jax.sharding.Mesh:
+    """The mesh that the command line asks for; the cases must be known."""
+    if unknown := set(sys.argv[1].split(",")) - set(known):
+        raise SystemExit(f"no case {sorted(unknown)}")
     devices, processes, rank = map(int, sys.argv[2:5])
     return open_mesh(devices, processes, rank)
 
 
 if __name__ == "__main__":
-    opened = command_line()
+    opened = command_line([*CASES, *ALONE])
     run(CASES, opened, alone=False)
     run(ALONE, opened, alone=True)

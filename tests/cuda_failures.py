@@ -140,8 +140,67 @@ def reopened(mesh: jax.sharding.Mesh) -> None:
         for shard in x.addressable_shards:
             begin = shard.index[0].start or 0
             np.testing.assert_array_equal(np.asarray(shard.data), want[begin // 128])
-    with pytest.raises(jf.FabricError, match="or under another name="):
-        jf.Fabric(mesh, name="reopened", mailbox_bytes=1 << 21)
+
+
+def resized(mesh: jax.sharding.Mesh) -> None:
+    """A Fabric of other sizes refuses programs that XLA replays from before.
+
+    Compiled anew they run; so do those that have nothing of what is another.
+    """
+    n = mesh.size
+    expected = np.roll(np.arange(128 * n, dtype=np.float32).reshape(n, 128), 7, axis=0)
+
+    def put_step(win: Any, x: Any) -> Any:
+        me = jax.lax.axis_index(AXIS)
+        token = jf.put(win, x, (me + 1) % n, axis_name=AXIS)
+        y, token = jf.wait(win, axis_name=AXIS, token=token)
+        return y + jf.barrier(AXIS, token=token)[0]
+
+    def meet_step(x: Any) -> Any:
+        return x + jf.barrier(AXIS, token=x[:1] * 0)[0]
+
+    def new(step: Any) -> Any:
+        return on_ranks(mesh, step, donate_argnums=0)
+
+    def run_it(program: Any, want: np.ndarray) -> None:
+        x = sharded(mesh, np.arange(128 * n, dtype=np.float32)) + 0
+        for _ in range(7):
+            x = jax.block_until_ready(program(x))
+        for shard in x.addressable_shards:
+            begin = shard.index[0].start or 0
+            np.testing.assert_array_equal(np.asarray(shard.data), want[begin // 128])
+
+    def refused(program: Any, why: str) -> None:
+        x = sharded(mesh, np.arange(128 * n, dtype=np.float32)) + 0
+        text = raises_soon(lambda: program(x))
+        assert why in text, text
+        assert "jax.clear_caches()" in text, text
+
+    def opened(mailbox_bytes: int) -> jf.Fabric:
+        return jf.Fabric(
+            mesh, name="resized", timeout_s=TIMEOUT_S, mailbox_bytes=mailbox_bytes
+        )
+
+    same = np.arange(128 * n, dtype=np.float32).reshape(n, 128)
+    with opened(1 << 20) as fabric:
+        ring = new(functools.partial(put_step, fabric.window((128,), jnp.float32)))
+        meet = new(meet_step)
+        run_it(ring, expected)
+        run_it(meet, same)
+    with opened(1 << 20) as fabric:
+        fabric.window((96,), jnp.float32)  # in the place of the one before
+        refused(ring, "window 0 had another size or place")
+        run_it(meet, same)
+    with opened(1 << 20) as fabric:
+        fabric.window((128,), jnp.float32)
+        run_it(ring, expected)
+    with opened(1 << 21) as fabric:
+        win = fabric.window((128,), jnp.float32)
+        refused(ring, "window_bytes or mailbox_bytes was another")
+        refused(meet, "window_bytes or mailbox_bytes was another")
+        run_it(new(functools.partial(put_step, win)), expected)
+        jax.clear_caches()
+        run_it(meet, same)
 
 
 def waiting_call(mesh: jax.sharding.Mesh, name: str, fabric: jf.Fabric) -> Any:
@@ -260,10 +319,12 @@ def bad_expert(mesh: jax.sharding.Mesh) -> None:
 CASES = {
     "silent_rank": silent_rank,
     "bad_put": bad_put,
+    "reopened": reopened,
+    "resized": resized,
     "untold": untold,
     "bad_expert": bad_expert,
     "lost_peer": lost_peer,
 }
 
 if __name__ == "__main__":
-    run(CASES, command_line(), alone=True)
+    run(CASES, command_line(CASES), alone=True)

@@ -72,6 +72,9 @@ def run(program: str, processes: int, cases: str, xla_flags: str = "") -> None:
     finally:
         for process in started:
             process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 each_layout = pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_failures_in_replayed_programs(processes: int) -> None:
 
 @each_layout
 def test_replayed_programs_run_under_the_fabrics_successor(processes: int) -> None:
-    run("cuda_failures.py", processes, "reopened", REPLAYED)
+    run("cuda_failures.py", processes, "reopened,resized", REPLAYED)
 
 
 @pytest.mark.parametrize("processes", [2, 0], ids=["two-processes", "process-per-gpu"])

@@ -95,7 +95,12 @@ TEST_F(MoeErrorsTest, RanksThatRunDifferentProgramsTimeOut) {
   layout.tokens = 600;
   layout.row_bytes = 2176;
   layout.capacity = -1;
-  const World world = moe::RandomWorld(random, layout);
+  layout.num_experts = layout.k = 2;
+  World world = moe::RandomWorld(random, layout);
+  // Each token goes to both ranks.
+  for (std::vector<int32_t>& ids : world.ids) {
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int>(i % 2);
+  }
   std::vector<RankBuffers> buffers;
   for (int rank = 0; rank < 2; ++rank) {
     buffers.emplace_back(cluster_->device(rank), world, rank);
