@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from cuda_cases import (
     AXIS,
     EXPERTS_PER_RANK,
