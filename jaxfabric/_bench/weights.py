@@ -40,6 +40,7 @@ class Settings:
       sources, targets: processes of the trainer and of the sampler.
       transports: of jf.TransferEngine.
       rounds: that are timed, after two that are not, of which one is checked.
+      threads: of each Sender and Receiver; ``None`` is their default.
 
     Raises:
       ValueError: there is no such subject, or a number of ranks is no power of two.
@@ -51,6 +52,7 @@ class Settings:
     transports: tuple[str, ...] = ("shm",)
     subjects: tuple[str, ...] = SUBJECTS
     rounds: int = 5
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.subjects:
@@ -142,6 +144,7 @@ class _Rank:
             "nbytes": settings.nbytes,
             "counts": [settings.sources, settings.targets],
             "transport": transport,
+            "threads": settings.threads,
             "answers": write,
         }
         module = "jaxfabric._bench.weights_rank"

@@ -87,8 +87,15 @@ class Rank:
     """
 
     def __init__(
-        self, role: str, rank: int, nbytes: int, counts: list[int], transport: str
+        self,
+        role: str,
+        rank: int,
+        nbytes: int,
+        counts: list[int],
+        transport: str,
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads
         layouts = weights_model.layouts(nbytes, *counts)
         self.plan = jf.weights.plan(*layouts)
         self.layout = layouts[role == "sampler"]
@@ -151,7 +158,12 @@ class Trainer(Rank):
         jax.block_until_ready(list(self.params.values()))
         del made
         self._mark()
-        self._sender = _Sender(self.engine, self.layout, rank=self.rank, plan=self.plan)
+        self._sender = _Sender(
+            *(self.engine, self.layout),
+            rank=self.rank,
+            plan=self.plan,
+            threads=self.threads,
+        )
         self.gather = Gather(self.raw, self.plan, self.rank)
         self.pull = Pull()
 
@@ -231,6 +243,7 @@ class Sampler(Rank):
             layout=self.layout,
             rank=self.rank,
             leader=bytes.fromhex(leader) if self.rank else None,
+            threads=self.threads,
         )
         self._receiver.connect([bytes.fromhex(address) for address in senders])
         return {}
@@ -321,6 +334,7 @@ def main() -> None:
                 settings["nbytes"],
                 settings["counts"],
                 settings["transport"],
+                settings["threads"],
             )
         except Exception as error:
             say({"error": f"{type(error).__name__}: {error}"})

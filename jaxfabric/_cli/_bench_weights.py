@@ -38,6 +38,14 @@ _Subjects = Annotated[
     ),
 ]
 _Rounds = Annotated[int, typer.Option(min=1, help="That are timed.")]
+_Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="That each Sender packs with, and each Receiver unpacks with. By the "
+        "number of cores by default.",
+    ),
+]
 _PlanOnly = Annotated[bool, typer.Option("--plan-only", help="The cost model alone.")]
 _JsonFile = Annotated[
     pathlib.Path | None, typer.Option("--json", help="Write everything here.")
@@ -51,6 +59,7 @@ def weights(
     transport: _Transports = "shm",
     subjects: _Subjects = None,
     rounds: _Rounds = 5,
+    threads: _Threads = None,
     plan_only: _PlanOnly = False,
     json_file: _JsonFile = None,
 ) -> None:
@@ -70,6 +79,7 @@ def weights(
             transports=tuple(t.strip() for t in transport.split(",") if t.strip()),
             subjects=tuple(name.strip() for name in listed),
             rounds=rounds,
+            threads=threads,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

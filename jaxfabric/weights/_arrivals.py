@@ -12,9 +12,10 @@ from jaxfabric._transfer_memory import Region
 from jaxfabric.weights import _frames
 from jaxfabric.weights._agreement import Agreement
 from jaxfabric.weights._buckets import Bucket, largest
+from jaxfabric.weights._crew import Crew
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
-from jaxfabric.weights._pack import unpack
+from jaxfabric.weights._pack import STRIP_BYTES, Strip, unpacking
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import (
@@ -44,6 +45,7 @@ class Arrivals:
         rank: int,
         leader: bytes | None,
         slots: int,
+        threads: int,
     ) -> None:
         self.engine, self.layout, self.rank = engine, layout, rank
         self._slots = slots
@@ -56,6 +58,8 @@ class Arrivals:
         self._next_id = self._connections = 0
         self._phases = Phases()  # of the newest version
         self._spoilt = 0
+        # At exit they end in the reverse order.
+        self._crew = Crew("jf.weights.Receiver", threads)
         self._worker = Worker("jf.weights.Receiver")
         self._watch = Watch(
             engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
@@ -218,23 +222,26 @@ class Arrivals:
         If not, the tiles have what is wrong until it comes again: nobody sees them.
         """
         assert self._plan is not None
-        phases, versions = self._phases, self._versions
+        back = self._versions.back
         checksum = Checksum(version, number, bucket.nbytes)
 
-        def seen(part: Bytes) -> None:
-            phases.lap("unpack")
-            checksum.add(part)
+        def empty(strip: Strip, phases: Phases) -> None:
+            checksum.add(strip.number, strip.data)
             phases.lap("verify")
+            strip.copy()
+            phases.lap("unpack")
 
-        phases.start()
-        unpack(
-            self._plan,
-            bucket,
-            lambda leaf, tile: versions.back[leaf, tile],
-            slot[HEADER_BYTES:],
-            seen,
+        # Nothing else happens here meanwhile: ring and tiles stay what they are.
+        self._crew.each(
+            unpacking(
+                *(self._plan, bucket),
+                lambda leaf, tile: back[leaf, tile],
+                slot[HEADER_BYTES:],
+            ),
+            empty,
+            self._phases,
+            helpers=bucket.nbytes // STRIP_BYTES,
         )
-        phases.lap("unpack")
         return is_whole(slot, checksum)
 
     def _offered(self, source: Source, version: int) -> None:

@@ -8,6 +8,7 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from jaxfabric._errors import (
@@ -21,6 +22,7 @@ from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights import _frames
 from jaxfabric.weights._buckets import largest
+from jaxfabric.weights._crew import Crew
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
@@ -29,6 +31,7 @@ from jaxfabric.weights._staging import Staging
 from jaxfabric.weights._target import Job, Target
 from jaxfabric.weights._watch import IDS_BEGIN, Watch
 from jaxfabric.weights._worker import Worker
+from jaxfabric.weights._writer import Begun, Writer
 
 _NAME_CHARS_MAX = 128
 _TRIES = 3  # of a bucket that comes spoilt
@@ -40,7 +43,8 @@ class Deliveries:
     Args:
       plan_to: the plan to a layout; raises PlanMismatchError.
       bucket_bytes: of that plan.
-      staging: buckets that are packed at a time.
+      staging: buckets that are packed or written at a time.
+      threads: that pack.
     """
 
     def __init__(
@@ -50,10 +54,14 @@ class Deliveries:
         plan_to: Callable[[TreeLayout], Plan],
         bucket_bytes: int,
         staging: int,
+        threads: int,
     ) -> None:
         self.engine, self.rank = engine, rank
         self._plan_to = plan_to
-        self._staging = Staging(engine, staging, bucket_bytes)
+        # At exit they end in the reverse order: who uses the others goes first.
+        self._crew = Crew("jf.weights.Sender", threads)
+        self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
+        self._staging = Staging(engine, staging, bucket_bytes, self._crew)
         self._targets: dict[int, Target] = {}
         self._turns: collections.deque[int] = collections.deque()
         self._latest: Job | None = None
@@ -274,36 +282,55 @@ class Deliveries:
             return
         slot = target.slots.pop()
         target.under_way[slot] = job.version, number
-        try:
-            future = self.engine.submit_single_write(
+        memory = target.memory
+
+        def write() -> TransferFuture:
+            return self.engine.submit_single_write(
                 slot_bytes,
-                target.memory,
+                memory,
                 target.first_id + slot,
                 target_offset=slot * target.slot_bytes,
                 timeout_s=max(0.1, job.until - time.monotonic()),
             )
-        except Exception as error:  # a ring that makes no sense may raise anything
-            self._staging.free.append(staged)
-            self._broken(target, error)
-            return
-        job.push._phases.lap("write")
 
-        def ended(done: TransferFuture) -> None:
+        def begun(call: Future[Begun]) -> None:
+            target.handed.pop(call, None)
+            if call.cancelled():
+                if target.under_way.pop(slot, None) is not None:
+                    target.slots.append(slot)
+                return ended(None)
+            error = call.exception(0)
+            if isinstance(error, Exception):  # a ring that makes no sense may raise any
+                ended(None)
+                return self._broken(target, error)
+            done, core_s = call.result(0)
+            job.push._phases.core["write"] += core_s
+            if done.done():
+                ended(done)
+            else:
+                done.add_done_callback(lambda done: self._later(lambda: ended(done)))
+
+        def ended(done: TransferFuture | None) -> None:
             self._staging.free.append(staged)
             target.staged -= 1
+            if done is None:
+                return
             if (error := done.exception(0)) is not None:
                 self._broken(target, error)
             else:
                 job.push._wrote(slot_bytes.nbytes, job.first_post)
 
-        def ended_later(done: TransferFuture) -> None:
-            self._worker.post(lambda: ended(done))
-            self._worker.post(self._pump)
-
-        if future.done():  # where writing is this thread's work; `_pump` goes on
-            ended(future)
+        call = self._writer.submit(write)
+        if call.done():  # where that is this thread's work; `_pump` goes on
+            begun(call)
         else:
-            future.add_done_callback(ended_later)
+            target.handed[call] = number
+            call.add_done_callback(lambda call: self._later(lambda: begun(call)))
+
+    def _later(self, work: Callable[[], object]) -> None:
+        """From other threads, when a place may have become free."""
+        self._worker.post(work)
+        self._worker.post(self._pump)
 
     # --- How it ends ---
 
@@ -385,6 +412,7 @@ class Deliveries:
 
 def _judged(target: Target, error: FabricError) -> FabricError:
     """An error that says whether the receiver may have the version all the same."""
+    target.revoke()
     if not target.may_have_all():
         return error
     return OutcomeUnknownError(

@@ -9,7 +9,7 @@ from typing import Any
 from jaxfabric._errors import FabricError
 from jaxfabric._json_frames import JsonFrames, is_text, is_u64
 
-VERSION = 3
+VERSION = 4
 _PART_BYTES = 1 << 19
 _WHOLE_BYTES_MAX = 1 << 28
 _PART = b"\x00"  # no JSON begins so

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jaxfabric._errors import DeadlineError, FabricError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._arrivals import Arrivals
+from jaxfabric.weights._crew import thread_count
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._shards import target_tree
 from jaxfabric.weights._source import Source
@@ -49,9 +50,11 @@ class Receiver(Arrivals):
       leader: where the sampler has several ranks, the `address` of its lowest one,
         through which they agree on what they take; ``None`` on that one itself.
       slots: buckets that each rank of the trainer may have on the way.
+      threads: that check and unpack a bucket together. ``None``: one for each four
+        cores that the process may use, up to 4.
 
     Raises:
-      ValueError: the layout has no such rank.
+      ValueError: the layout has no such rank, or ``threads`` is below 1.
 
     Example::
 
@@ -72,6 +75,7 @@ class Receiver(Arrivals):
         rank: int = 0,
         leader: bytes | None = None,
         slots: int = 2,
+        threads: int | None = None,
     ) -> None:
         described = TreeLayout.of(like) if layout is None else layout
         if rank not in described.ranks:
@@ -80,7 +84,7 @@ class Receiver(Arrivals):
         self._current: Taken | None = None
         self._taken = (0, 0)
         self._closed = False
-        super().__init__(engine, described, rank, leader, slots)
+        super().__init__(engine, described, rank, leader, slots, thread_count(threads))
 
     def address(self) -> bytes:
         """What other ranks of the sampler take as ``leader``."""
@@ -193,6 +197,7 @@ class Receiver(Arrivals):
         for peer in list(self._sources):
             self._tell(peer, "refuse", version=0, why="the Receiver was closed")
         self._worker.close()
+        self._crew.close()
         if not self.engine.closed:
             self.engine.submit_recvs(None)
             self.engine.drain()

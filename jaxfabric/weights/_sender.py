@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxfabric._errors import CapacityError, FabricError, PlanMismatchError
 from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights._crew import thread_count
 from jaxfabric.weights._deliveries import Deliveries
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import Rename
@@ -36,13 +37,16 @@ class Sender(Deliveries):
       plan: to the receivers' layout; ``None`` makes one for each layout that comes,
         with the options that follow.
       bucket_bytes, rename, cast, scales: as for `jf.weights.plan`.
-      staging: buckets that are packed at a time. It takes
+      staging: buckets that are packed or written at a time. It takes
         ``staging * bucket_bytes`` of registered memory. Of three, a receiver that hangs
         keeps two until it is lost, so that the others go on; two such keep all.
       host_bytes: of tiles that are kept in host memory, if the parameters are not.
+      threads: that pack a bucket together. With more than one, another calls the
+        engine's writes, which over ``"shm"`` are copies. ``None``: one for each four
+        cores that the process may use, up to 4.
 
     Raises:
-      ValueError: the layout has no such rank.
+      ValueError: the layout has no such rank, or ``threads`` is below 1.
 
     Example::
 
@@ -67,6 +71,7 @@ class Sender(Deliveries):
         scales: str | None = None,
         staging: int = 3,
         host_bytes: int = 256 << 20,
+        threads: int | None = None,
     ) -> None:
         if plan is not None and plan.source != layout:
             raise ValueError("Sender: plan= leads from another layout than layout=")
@@ -92,6 +97,7 @@ class Sender(Deliveries):
             *(engine, rank, self._plan_of),
             plan.bucket_bytes if plan else bucket_bytes,
             staging,
+            thread_count(threads),
         )
 
     def address(self) -> bytes:
@@ -187,6 +193,8 @@ class Sender(Deliveries):
             self._closed = True
             self._worker.post(self._leave)
         self._worker.close()
+        self._writer.close()
+        self._crew.close()
         if not self.engine.closed:
             self.engine.submit_recvs(None)
             self.engine.drain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from jaxfabric._errors import FabricError
 
-# version, bucket, nbytes, checksum of these and of the boxes' bytes
+# version, bucket, nbytes, checksum of these and of all strips' checksums
 _HEADER = struct.Struct("<QIIQ")
 HEADER_BYTES = 64  # so that boxes are aligned
 
@@ -18,23 +19,32 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Checksum:
-    """The checksum of a bucket, whose bytes are added part by part, in order.
+    """The checksum of a bucket: of those of its strips, which may come in any order.
 
-    So each part is read while it is still in the cache of the core that copies it.
+    So each is read while it is in the cache of the core that copies it, and several
+    threads share a bucket.
     """
 
     def __init__(self, version: int, bucket: int, nbytes: int) -> None:
         self._fields = version, bucket, nbytes
-        seed = _xxhash().xxh3_64_intdigest(_HEADER.pack(*self._fields, 0))
-        self._sum = _xxhash().xxh3_64(seed=seed)
+        self._sums: dict[int, int] = {}
+        self._one, self._new = _xxhash().xxh3_64_intdigest, _xxhash().xxh3_64
 
-    def add(self, part: Bytes) -> None:
-        """The next bytes; contiguous."""
-        self._sum.update(part.data)
+    def add(self, strip: int, parts: Sequence[Bytes]) -> None:
+        """The bytes of a strip, each part contiguous. Any thread."""
+        if len(parts) == 1:
+            self._sums[strip] = self._one(parts[0].data)
+            return
+        whole = self._new()
+        for part in parts:
+            whole.update(part.data)
+        self._sums[strip] = whole.intdigest()
 
     def header(self) -> bytes:
         """The header of a slot that holds all that was added."""
-        return _HEADER.pack(*self._fields, self._sum.intdigest())
+        sums = [self._sums[strip] for strip in sorted(self._sums)]
+        data = _HEADER.pack(*self._fields, 0) + struct.pack(f"<{len(sums)}Q", *sums)
+        return _HEADER.pack(*self._fields, self._one(data))
 
 
 def seal(slot: Bytes, checksum: Checksum) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._buckets import Bucket
-from jaxfabric.weights._pack import pack
+from jaxfabric.weights._crew import Crew
+from jaxfabric.weights._pack import STRIP_BYTES, Strip, packing
+from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import HEADER_BYTES, Bytes, Checksum, seal
 from jaxfabric.weights._target import Job
 
 
 class Staging:
-    """Room for a few buckets.
+    """Room for a few buckets, which a crew packs one after the other.
 
     Attributes:
       free: numbers of those that are not in use.
       nbytes: of all of them.
     """
 
-    def __init__(self, engine: TransferEngine, buckets: int, bucket_bytes: int) -> None:
+    def __init__(
+        self, engine: TransferEngine, buckets: int, bucket_bytes: int, crew: Crew
+    ) -> None:
+        self._crew = crew
         self._memory = engine.alloc((buckets, HEADER_BYTES + bucket_bytes)).array
         self.free = list(range(buckets))
         self.nbytes = self._memory.nbytes
@@ -34,15 +39,18 @@ class Staging:
         """Packs and seals a bucket; its bytes, with their header."""
         slot: Bytes = self._memory[place, : HEADER_BYTES + bucket.nbytes]
         checksum = Checksum(job.version, number, bucket.nbytes)
-        phases = job.push._phases
 
-        def seen(part: Bytes) -> None:
+        def fill(strip: Strip, phases: Phases) -> None:
+            strip.copy()
             phases.lap("pack")
-            checksum.add(part)
+            checksum.add(strip.number, strip.data)
             phases.lap("seal")
 
-        phases.start()
-        pack(plan, bucket, job.tile_of, slot[HEADER_BYTES:], seen)
+        self._crew.each(
+            packing(plan, bucket, job.tile_of, slot[HEADER_BYTES:]),
+            fill,
+            job.push._phases,
+            helpers=bucket.nbytes // STRIP_BYTES,
+        )
         seal(slot, checksum)
-        phases.lap("seal")
         return slot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from typing import Any
 
 from jaxfabric._net_addr import MrDesc
@@ -51,6 +52,7 @@ class Target:
       under_way: version and bucket in each slot that it has not emptied yet.
       spoilt: how many came spoilt.
       staged: how many of the Sender's staging buckets are on their way to it.
+      handed: buckets by the call that writes them, until that is over.
     """
 
     peer: int
@@ -71,6 +73,7 @@ class Target:
     under_way: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     spoilt: int = 0
     staged: int = 0
+    handed: dict[Future[Any], int] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +94,12 @@ class Target:
         It may then have the version, whatever was heard of it.
         """
         return self.went and self.next == len(self.buckets) and not self.again
+
+    def revoke(self) -> None:
+        """Takes back what is packed, and not begun to be written: it was not sent."""
+        for call, number in list(self.handed.items()):
+            if call.cancel():
+                self.again.append(number)
 
     def begin(self, job: Job) -> None:
         """Starts anew, with another version."""

@@ -9,10 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 _JOIN_S = 10.0
 _LOOK_S = 3600.0  # a queue takes no endless time limits
+
+T = TypeVar("T")
 
 
 class Worker:
@@ -37,6 +40,21 @@ class Worker:
         """Runs ``work()`` after what was posted before; nothing after `close`."""
         if not self._closed:
             self._queue.put(work)
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Like `post`; its outcome, which can be cancelled as long as it waits."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future
 
     def after(self, timeout_s: float, work: Callable[[], object]) -> None:
         """Runs ``work()`` once that time has passed. For the worker's thread only."""
@@ -64,6 +82,7 @@ class Worker:
                 work()
             except Exception:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            del work  # and what it holds, while nothing else comes
 
     def _until_due(self) -> float:
         due = min((due for due, _ in self._due), default=math.inf)

@@ -1,0 +1,41 @@
+"""Writer: who calls the engine's writes, which over shared memory are copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from jaxfabric._transfer_future import TransferFuture
+from jaxfabric.weights._worker import Worker
+
+# The write that was begun, and for how long its thread's core worked.
+Begun = tuple[TransferFuture, float]
+
+
+class Writer:
+    """Begins writes in its caller's thread, or in one of its own, in order."""
+
+    def __init__(self, name: str, *, own_thread: bool) -> None:
+        self._worker = Worker(name) if own_thread else None
+
+    def submit(self, write: Callable[[], TransferFuture]) -> Future[Begun]:
+        """What comes of it; it can be cancelled until it is begun."""
+
+        def begin() -> Begun:
+            core = time.thread_time()
+            return write(), time.thread_time() - core
+
+        if self._worker is not None:
+            return self._worker.submit(begin)
+        future: Future[Begun] = Future()
+        try:
+            future.set_result(begin())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """Waits for the write that it is at, but not for ever."""
+        if self._worker is not None:
+            self._worker.close()
