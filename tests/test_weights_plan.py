@@ -276,6 +276,19 @@ def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
         TreeLayout.from_bytes(data)
 
 
+def test_a_plan_of_another_format_is_refused() -> None:
+    """Its ranks would send, and wait for, other parts."""
+    layout = tree(mesh(1), leaf("w", (8, 8)))
+    parts = _plan._split(plan(layout, layout).to_bytes())
+    documents = [json.loads(zlib.decompress(part)) for part in parts]
+    for spoil, match in (
+        (documents[2][:2], "its format is 1, and 2 is expected"),
+        ([*documents[2][:2], 3], r"its format is \[3\], and 2 is expected"),
+    ):
+        with pytest.raises(jf.FabricError, match=match):
+            Plan.from_bytes(packed(*documents[:2], spoil))
+
+
 NUMBERS: tuple[Any, ...] = (-1, 0, 1, 2, 7, 128, 1 << 16, (1 << 39) + 1, 1 << 70)
 OTHERS: tuple[Any, ...] = (None, True, 1.5, "a", "", [], {}, [1, [2]])
 

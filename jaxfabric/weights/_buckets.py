@@ -78,35 +78,45 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def in_parts(move: Move, bucket_bytes: int, quantised: bool) -> Iterator[Move]:
-    """Cuts a move into moves that fit a bucket, along its outer dimensions.
-
-    Quantised ones are cut between blocks only.
-    """
+    """Cuts a move into moves that fit a bucket, as `boxes` does."""
     itemsize = move.nbytes // max(1, math.prod(move.shape))
     if _room(move.shape, itemsize, quantised) <= bucket_bytes:
         yield move  # as most are; there may be many
         return
-    steps = list(move.shape)
-    for axis in range(len(steps)):
-        if _room(tuple(steps), itemsize, quantised) <= bucket_bytes:
-            break
-        inner = math.prod(steps[:axis] + steps[axis + 1 :]) * itemsize
-        unit = BLOCK if quantised and axis >= len(steps) - 2 else 1
-        # Half of a bucket, since scales and alignment take room, too.
-        fits = max(1, bucket_bytes // 2 // (inner * unit))
-        steps[axis] = min(steps[axis], fits * unit)
-    for start in itertools.product(
-        *(range(0, n, step) for n, step in zip(move.shape, steps, strict=True))
-    ):
-        shape = tuple(
-            min(step, size - begin)
-            for begin, size, step in zip(start, move.shape, steps, strict=True)
-        )
+    for start, shape in boxes(move.shape, itemsize, bucket_bytes, quantised):
         yield move._replace(
             source_start=_add(move.source_start, start),
             target_start=_add(move.target_start, start),
             shape=shape,
             nbytes=math.prod(shape) * itemsize,
+        )
+
+
+def boxes(
+    shape: tuple[int, ...], itemsize: int, nbytes: int, quantised: bool
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cuts a box along its outer dimensions; start and shape of each part.
+
+    Parts take about half of ``nbytes``; quantised ones are cut between blocks only.
+    """
+    steps = list(shape)
+    for axis in range(len(steps)):
+        if _room(tuple(steps), itemsize, quantised) <= nbytes:
+            break
+        inner = math.prod(steps[:axis] + steps[axis + 1 :]) * itemsize
+        unit = BLOCK if quantised and axis >= len(steps) - 2 else 1
+        # Half of it, since scales and alignment take room, too.
+        fits = max(1, nbytes // 2 // (inner * unit))
+        steps[axis] = min(steps[axis], fits * unit)
+    for start in itertools.product(
+        *(range(0, n, step) for n, step in zip(shape, steps, strict=True))
+    ):
+        yield (
+            start,
+            tuple(
+                min(step, size - begin)
+                for begin, size, step in zip(start, shape, steps, strict=True)
+            ),
         )
 
 

@@ -32,6 +32,7 @@ from jaxfabric.weights._tiles import tile_shape, tiles_of
 BUCKET_BYTES = 32 << 20
 _BUCKET_BYTES_MIN = 1 << 18  # a row of quantised blocks fits
 _TEXT_BYTES_MAX = 1 << 28
+_FORMAT = 2  # also of how a plan is carried out: both jobs must do it alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Plan:
                     for link in self.links
                 ],
                 self.bucket_bytes,
+                _FORMAT,
             ],
             separators=(",", ":"),
         )
@@ -95,7 +97,13 @@ class Plan:
         try:
             source, target, text = _split(data)
             inflate = zlib.decompressobj()
-            links, bucket_bytes = json.loads(inflate.decompress(text, _TEXT_BYTES_MAX))
+            found = json.loads(inflate.decompress(text, _TEXT_BYTES_MAX))
+            links, bucket_bytes, *form = found
+            if form != [_FORMAT]:
+                raise ValueError(
+                    f"its format is {form or 1}, and {_FORMAT} is expected: use the "
+                    "same jaxfabric on both sides, and make saved plans anew"
+                )
             read = cls(
                 TreeLayout.from_bytes(source),
                 TreeLayout.from_bytes(target),
@@ -249,8 +257,8 @@ def plan(
     """Plans how the parameters of one job get into another's shards.
 
     Each source rank writes straight to the target ranks that need what it holds;
-    where several have it, they take turns, so that links are used evenly. It is a
-    pure function: both jobs make the same plan.
+    where several have it, they share it by bytes, so that links are used evenly: large
+    leaves are cut for that. It is a pure function: both jobs make the same plan.
 
     Args:
       source, target: of the trainer and of the sampler.
