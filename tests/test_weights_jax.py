@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import re
@@ -24,6 +25,9 @@ from transfer_cases import PATIENCE_S, engine, until
 from weights_cases import whole_arrays
 
 import jaxfabric as jf
+from jaxfabric.weights import _shards
+from jaxfabric.weights._shards import check_like, source_tiles, target_tree
+from jaxfabric.weights._tiles import empty_tiles
 
 P = PartitionSpec
 JOBS_S = 120
@@ -173,6 +177,110 @@ def test_arrays_that_were_donated_are_named() -> None:
                 late.take(1, timeout_s=PATIENCE_S)
             sender.push({"w": jnp.arange(8.0)}, 2).wait(PATIENCE_S)
             assert (late.take(2).params["w"] == np.arange(8.0)).all()
+
+
+Pair = collections.namedtuple("Pair", ["wq", "wk"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "match"),
+    [
+        ({"z": np.ones((4, 4)), "y": np.zeros((4, 4))}, r"number 0 is y; .* it is wk"),
+        ([np.ones((4, 4)), np.zeros((4, 4))], r"number 0 is 0; .* it is wk"),
+        (Pair(np.ones((4, 4)), np.zeros((4, 4))), r"number 0 is wq; .* it is wk"),
+        ({"wk": np.ones((4, 4))}, "of 1 leaves, number 1 is none; .* it is wq"),
+        ({"wk": np.ones((4, 4)), "wq": 1.0}, "wq is of type float, and no array"),
+    ],
+)
+def test_a_tree_of_other_names_is_refused(tree: Any, match: str) -> None:
+    """Shapes do not tell leaves apart."""
+    params = {"wq": np.ones((4, 4)), "wk": np.zeros((4, 4))}
+    layout = jf.weights.TreeLayout.of(params)
+    with (
+        engine("shm") as own,
+        jf.weights.Sender(own, layout) as sender,
+    ):
+        with pytest.raises(jf.FabricError, match=f"push: .*{match}"):
+            sender.push(tree, 1)
+        sender.push(params, 1).wait(PATIENCE_S)
+    with pytest.raises(jf.FabricError, match=match):
+        check_like(layout, tree, 0)
+    with pytest.raises(jf.FabricError, match=match):
+        target_tree(layout, tree, empty_tiles(layout, 0))
+
+
+def test_names_are_compared_once_for_each_structure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = {"wq": np.ones((4, 4)), "wk": np.zeros((4, 4))}
+    layout = jf.weights.TreeLayout.of(params)
+    compared = []
+    monkeypatch.setattr(_shards, "_check_names", lambda *args: compared.append(args))
+    for _ in range(3):
+        source_tiles(layout, params, 0)
+    assert len(compared) == 1
+    for number in range(20):
+        source_tiles(layout, {f"a{number}": params["wq"], "b": params["wk"]}, 0)
+    assert len(layout.structures) <= 8
+
+
+@pytest.mark.parametrize("kind", ["pinned_host", "unpinned_host"])
+def test_arrays_come_into_the_memory_that_is_wanted(kind: str) -> None:
+    trainer, _ = meshes()
+    there = NamedSharding(trainer, P("data", "model"), memory_kind=kind)
+    params = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8), there)}
+    with (
+        engine("shm") as own,
+        engine("shm") as other,
+        jf.weights.Sender(own, jf.weights.TreeLayout.of(params)) as sender,
+        jf.weights.Receiver(other, params) as receiver,
+    ):
+        receiver.connect([sender.address()])
+        sender.push(params, 1).wait(PATIENCE_S)
+        taken = receiver.take(1).params["w"]
+    assert taken.sharding == there
+    assert (np.asarray(taken) == np.arange(64.0).reshape(8, 8)).all()
+
+
+def test_shards_on_other_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the layout's, but those of another process."""
+    trainer, _ = meshes()
+    turned = Mesh(trainer.devices[::-1], trainer.axis_names)
+    rank_of = dict(zip(trainer.devices.flat, (0, 0, 1, 1), strict=True))
+    parts = _shards._parts
+
+    def of_rank_0(name: str, value: Any) -> Any:
+        here = [rank_of[shard.device] == 0 for shard in value.addressable_shards]
+        found = parts(name, value)
+        return [part for part, own in zip(found, here, strict=True) if own]
+
+    def put(mesh: Mesh) -> dict[str, jax.Array]:
+        return {"w": jax.device_put(jnp.zeros((8, 8)), on(mesh, "data", "model"))}
+
+    layout = jf.weights.TreeLayout.of(put(trainer), ranks=rank_of.__getitem__)
+    monkeypatch.setattr(_shards, "_parts", of_rank_0)
+    assert list(source_tiles(layout, put(trainer), 0)) == [(0, 0), (0, 1)]
+    with pytest.raises(
+        jf.FabricError, match=r"w is sharded otherwise .* tile 0, rank 0's, is not"
+    ):
+        source_tiles(layout, put(turned), 0)
+    with pytest.raises(jf.FabricError, match="tile 2 would be here, and is not"):
+        check_like(layout, put(trainer), 0)
+
+
+def test_like_of_another_kind_is_refused() -> None:
+    trainer, _ = meshes()
+    cut = jf.weights.TreeLayout.of(
+        {"w": jax.device_put(jnp.zeros((8, 8)), on(trainer, "data"))}
+    )
+    for like, match in (
+        ({"w": jnp.zeros((8, 8), jnp.bfloat16)}, "w is bfloat16.* float32"),
+        ({"w": jnp.zeros((8, 8))}, r"w of like= has shards of shape \(8, 8\)"),
+        ({"w": np.zeros((8, 8), np.float32)}, "w of like= has no sharding"),
+    ):
+        with pytest.raises(jf.FabricError, match=match):
+            check_like(cut, like, 0)
+    check_like(cut, None, 0)
 
 
 def test_the_page_about_weights_is_one_program(tmp_path: Path) -> None:

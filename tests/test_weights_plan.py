@@ -392,6 +392,32 @@ def test_bad_layouts_are_refused(on: MeshLayout, bad: LeafLayout, match: str) ->
         tree(on, bad)
 
 
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"a": {"rate": 1.0}}, "a.rate is of type float, and no array"),
+        ({"a": jax.random.key(0)}, "a has keys of random numbers"),
+        ({"a": np.zeros((0, 4))}, r"a has shape \(0, 4\), no elements"),
+        ({"a": {"b": np.zeros(1)}, "a.b": np.zeros(1)}, "the same name, a.b"),
+        ({"a": np.zeros(2, "i4,f4")}, "a has dtype 'void64'"),
+    ],
+)
+def test_leaves_that_cannot_travel_are_named(params: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=f"TreeLayout: .*{match}"):
+        TreeLayout.of(params)
+
+
+def test_sums_that_are_not_made_yet_are_refused_by_name() -> None:
+    on = jax.sharding.AbstractMesh(
+        (2,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,)
+    )
+    spec = jax.sharding.PartitionSpec(None, unreduced={"a"})
+    sharding = jax.sharding.NamedSharding(on, spec)
+    params = {"w": jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding)}
+    with pytest.raises(ValueError, match=r"TreeLayout: w has .* reduce it before"):
+        TreeLayout.of(params, ranks=range(2))
+
+
 # --- Size ----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -87,9 +88,10 @@ class TreeLayout:
     def __post_init__(self) -> None:
         for mesh in self.meshes:
             _check_mesh(mesh)
-        names = {leaf.name for leaf in self.leaves}
+        names = collections.Counter(leaf.name for leaf in self.leaves)
         if len(names) < len(self.leaves):
-            raise ValueError("TreeLayout: two leaves have the same name")
+            twice = names.most_common(1)[0][0][:_NAME_CHARS_MAX]
+            raise ValueError(f"TreeLayout: two leaves have the same name, {twice}")
         kinds = set()  # many leaves are of few kinds
         for leaf in self.leaves:
             kind = leaf.shape, leaf.dtype, leaf.mesh, leaf.spec
@@ -101,6 +103,11 @@ class TreeLayout:
     def ranks(self) -> tuple[int, ...]:
         """The processes that hold something, in order."""
         return tuple(sorted({rank for mesh in self.meshes for rank in mesh.ranks}))
+
+    @functools.cached_property
+    def structures(self) -> set[Any]:
+        """Tree structures whose leaves were found to have these names."""
+        return set()
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +131,8 @@ class TreeLayout:
             device's process.
 
         Raises:
-          ValueError: a sharding is neither named nor of one device.
+          ValueError: a leaf is no array of numbers, or its sharding is neither named
+            nor of one device; it names the leaf.
 
         Example::
 
@@ -132,18 +140,15 @@ class TreeLayout:
         """
         meshes: dict[MeshLayout, int] = {}
         leaves = []
-        listed = [
-            (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        ]
-        placed = {name: _placement(name, leaf, ranks) for name, leaf in listed}
-        everywhere = _on_all_ranks([place for place in placed.values() if place])
-        for name, leaf in listed:
-            mesh, spec = placed[name] or (everywhere, ())
+        listed = named_leaves(tree)
+        kinds = [kind_of("TreeLayout", name, leaf) for name, leaf in listed]
+        placed = [_placement(name, leaf, ranks) for name, leaf in listed]
+        everywhere = _on_all_ranks([place for place in placed if place])
+        for (name, _), kind, place in zip(listed, kinds, placed, strict=True):
+            shape, dtype = kind
+            mesh, spec = place or (everywhere, ())
             number = meshes.setdefault(mesh, len(meshes))
-            shape = tuple(int(size) for size in leaf.shape)
             padded = spec + ((),) * (len(shape) - len(spec))
-            dtype = np.dtype(leaf.dtype).name
             leaves.append(LeafLayout(name, shape, dtype, number, padded))
         return cls(tuple(meshes), tuple(leaves))
 
@@ -185,6 +190,33 @@ class TreeLayout:
             ) from None
 
 
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree, each with its path, such as ``"layers.0.wq"``."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def kind_of(what: str, name: str, leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a leaf.
+
+    Raises:
+      ValueError: it is no array of numbers; begins with ``what``, and names it.
+    """
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise ValueError(
+            f"{what}: {name} is of type {type(leaf).__name__}, and no array: make it "
+            "one (np.asarray), or leave it out"
+        )
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"{what}: {name} has keys of random numbers ({leaf.dtype}): take their "
+            "jax.random.key_data, or leave it out"
+        )
+    return tuple(int(size) for size in leaf.shape), np.dtype(leaf.dtype).name
+
+
 _Placement = tuple[MeshLayout, tuple[tuple[str, ...], ...]]
 
 
@@ -212,6 +244,11 @@ def _placement(
             f"TreeLayout: {name} has {sharding}; give it a NamedSharding, for instance "
             "with jax.device_put"
         )
+    if getattr(sharding.spec, "unreduced", None):
+        raise ValueError(
+            f"TreeLayout: {name} has {sharding.spec}: its values are sums of what "
+            "several devices have; reduce it before, for instance with jax.reshard"
+        )
     mesh = sharding.mesh
     axes = tuple((str(axis), int(size)) for axis, size in mesh.shape.items())
     if ranks is None or callable(ranks):
@@ -225,7 +262,7 @@ def _placement(
         places = tuple(int(rank) for rank in ranks)
     spec = tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        for entry in sharding.spec
+        for entry in getattr(sharding.spec, "partitions", sharding.spec)
     )
     return MeshLayout(axes, places), spec
 
@@ -249,6 +286,8 @@ def _check_leaf(leaf: LeafLayout, meshes: Sequence[MeshLayout]) -> None:
     what = f"TreeLayout: {leaf.name[:_NAME_CHARS_MAX]}"
     if len(leaf.name) > _NAME_CHARS_MAX or len(leaf.shape) > _DIMENSIONS_MAX:
         raise ValueError(f"{what}: its name or shape is too long")
+    if 0 in leaf.shape:
+        raise ValueError(f"{what} has shape {leaf.shape}, no elements: leave it out")
     if not all(0 < size < _SIZE_MAX for size in leaf.shape):
         raise ValueError(f"{what} has shape {leaf.shape}")
     if math.prod(leaf.shape) >= _SIZE_MAX:

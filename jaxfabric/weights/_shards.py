@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,71 +12,173 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxfabric._errors import FabricError
-from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._layout import LeafLayout, TreeLayout, kind_of, named_leaves
 from jaxfabric.weights._tiles import (
     TilesByKey,
     aligned_copy,
     tile_shape,
+    tiles_held,
     tiles_of,
 )
 
 Array = npt.NDArray[Any]
+_STRUCTURES_MAX = 8  # of trees that are known to have a layout's names
 
 
-def source_tiles(layout: TreeLayout, tree: Any) -> dict[tuple[int, int], Any]:
+def source_tiles(
+    layout: TreeLayout, tree: Any, rank: int | None = None
+) -> dict[tuple[int, int], Any]:
     """The tiles of a tree that this process has, as they are on their devices.
 
+    Args:
+      layout: of the tree.
+      tree: of arrays.
+      rank: of the layout, all tiles of which have to be there; ``None`` for any.
+
     Raises:
-      FabricError: a leaf has another shape, dtype or sharding than the layout.
+      FabricError: the tree has other names than the layout, or a leaf another shape,
+        dtype or sharding; it names the leaf.
     """
-    leaves = jax.tree_util.tree_leaves(tree)
-    if len(leaves) != len(layout.leaves):
-        raise FabricError(
-            f"push: the tree has {len(leaves)} leaves, its layout {len(layout.leaves)}"
-        )
     found: dict[tuple[int, int], Any] = {}
+    leaves = _leaves_of("push", layout, tree)
     for number, (value, leaf) in enumerate(zip(leaves, layout.leaves, strict=True)):
-        if tuple(value.shape) != leaf.shape or np.dtype(value.dtype).name != leaf.dtype:
-            raise FabricError(
-                f"push: {leaf.name} is {np.dtype(value.dtype).name}{value.shape}, and "
-                f"{leaf.dtype}{leaf.shape} in the layout"
-            )
         tiles = tiles_of(layout, leaf)
         shape = tile_shape(leaf, tiles)
-        for index, part in _parts(value):
+        for index, part in _parts(leaf.name, value):
             if tuple(part.shape) != shape:
                 raise FabricError(
                     f"push: {leaf.name} has shards of shape {tuple(part.shape)}, and "
                     f"tiles of {shape} in the layout: it is sharded otherwise"
                 )
             found.setdefault((number, _tile(index, shape, tiles.parts)), part)
+        held = () if rank is None else tiles_held(layout, leaf, rank)
+        missing = [tile for tile in held if (number, tile) not in found]
+        if missing:
+            why = f"tile {missing[0]}, rank {rank}'s, is not on its devices"
+            raise _misplaced("push", layout, value, leaf, why)
     return found
+
+
+def check_like(layout: TreeLayout, like: Any, rank: int) -> None:
+    """Whether `target_tree` can make a tree of a rank's tiles; nothing for ``None``.
+
+    Raises:
+      FabricError: names, shapes, dtypes or shardings are others than the layout's.
+    """
+    if like is None:
+        return
+    for leaf, value, places in _wanted(layout, like):
+        held = tiles_held(layout, leaf, rank)
+        missing = [tile for _, tile in places if tile not in held]
+        if missing:
+            why = f"tile {missing[0]} would be here, and is not rank {rank}'s"
+            raise _misplaced("Receiver", layout, value, leaf, why)
 
 
 def target_tree(layout: TreeLayout, like: Any, tiles: TilesByKey) -> Any:
     """A tree of new arrays, sharded like ``like``, with copies of the tiles."""
-    leaves, structure = jax.tree_util.tree_flatten(like)
+    structure = jax.tree_util.tree_structure(like)
     made: list[Any] = []
-    for number, (value, leaf) in enumerate(zip(leaves, layout.leaves, strict=True)):
-        cut = tiles_of(layout, leaf)
-        shape = tile_shape(leaf, cut)
+    for number, (leaf, value, places) in enumerate(_wanted(layout, like)):
         sharding = getattr(value, "sharding", None)
         if sharding is None:
             made.append(tiles[number, 0].copy())
             continue
-        indices = sharding.addressable_devices_indices_map(leaf.shape)
+        missing = [tile for _, tile in places if (number, tile) not in tiles]
+        if missing:
+            why = f"tile {missing[0]} is not this rank's"
+            raise _misplaced("take", layout, value, leaf, why)
         parts = [
             # A copy of its own: JAX may use the memory that it is given.
             jax.device_put(
-                aligned_copy(tiles[number, _tile(_starts(index), shape, cut.parts)]),
-                device,
+                aligned_copy(tiles[number, tile]),
+                jax.sharding.SingleDeviceSharding(
+                    device, memory_kind=sharding.memory_kind
+                ),
             )
-            for device, index in indices.items()
+            for device, tile in places
         ]
         made.append(
             jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
         )
     return jax.tree_util.tree_unflatten(structure, made)
+
+
+def _leaves_of(what: str, layout: TreeLayout, tree: Any) -> list[Any]:
+    """The leaves of a tree that has the layout's names, shapes and dtypes."""
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    if structure not in layout.structures:
+        _check_names(what, layout, [name for name, _ in named_leaves(tree)])
+        if len(layout.structures) >= _STRUCTURES_MAX:
+            layout.structures.clear()
+        layout.structures.add(structure)
+    for value, leaf in zip(leaves, layout.leaves, strict=True):
+        try:
+            kind = kind_of(what, leaf.name, value)
+        except ValueError as error:
+            raise FabricError(str(error)) from None
+        if kind != (leaf.shape, leaf.dtype):
+            raise FabricError(
+                f"{what}: {leaf.name} is {kind[1]}{kind[0]}, and "
+                f"{leaf.dtype}{leaf.shape} in the layout"
+            )
+    return leaves
+
+
+def _check_names(what: str, layout: TreeLayout, names: list[str]) -> None:
+    """Equal shapes do not tell leaves apart: names, in order, do."""
+    wanted = [leaf.name for leaf in layout.leaves]
+    if names == wanted:
+        return
+    pairs = itertools.zip_longest(names, wanted, fillvalue="none")
+    number, (ours, theirs) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
+    raise FabricError(
+        f"{what}: of {len(names)} leaves, number {number} is {ours}; of the "
+        f"{len(wanted)} of the layout it is {theirs}: use a tree of the structure that "
+        "TreeLayout.of was given, or make the layout of this one"
+    )
+
+
+def _wanted(
+    layout: TreeLayout, like: Any
+) -> Iterator[tuple[LeafLayout, Any, list[tuple[jax.Device, int]]]]:
+    """Each leaf, what it becomes here, and which tile each device gets."""
+    leaves = _leaves_of("Receiver", layout, like)
+    for value, leaf in zip(leaves, layout.leaves, strict=True):
+        cut = tiles_of(layout, leaf)
+        shape = tile_shape(leaf, cut)
+        sharding = getattr(value, "sharding", None)
+        places: list[tuple[jax.Device, int]] = []
+        if sharding is not None:
+            shards = tuple(sharding.shard_shape(leaf.shape))
+            if shards != shape:
+                raise FabricError(
+                    f"Receiver: {leaf.name} of like= has shards of shape {shards}, and "
+                    f"tiles of {shape} in layout=: it is sharded otherwise"
+                )
+            indices = sharding.addressable_devices_indices_map(leaf.shape)
+            places = [
+                (device, _tile(_starts(index), shape, cut.parts))
+                for device, index in indices.items()
+            ]
+        elif shape != leaf.shape:
+            raise FabricError(
+                f"Receiver: {leaf.name} of like= has no sharding, and tiles of {shape} "
+                "in layout="
+            )
+        yield leaf, value, places
+
+
+def _misplaced(
+    what: str, layout: TreeLayout, value: Any, leaf: LeafLayout, why: str
+) -> FabricError:
+    axes = dict(layout.meshes[leaf.mesh].axes)
+    return FabricError(
+        f"{what}: {leaf.name} is sharded otherwise than in the layout, where axes "
+        f"{axes} cut it by {leaf.spec}: with {getattr(value, 'sharding', 'none')} "
+        f"{why}; shard it as the tree that TreeLayout.of was given, on a mesh of the "
+        "same order of devices"
+    )
 
 
 class HostTiles:
@@ -120,10 +224,14 @@ def _on_host(part: jax.Array) -> bool:
     return all(device.platform == "cpu" for device in part.devices())
 
 
-def _parts(value: Any) -> list[tuple[tuple[int, ...], Any]]:
+def _parts(name: str, value: Any) -> list[tuple[tuple[int, ...], Any]]:
     """Where each part that is here begins, and the part."""
     if not isinstance(value, jax.Array):
         return [((0,) * value.ndim, value.copy())]  # the caller may change it
+    if value.is_deleted():
+        raise FabricError(
+            f"push: {name} is gone: it was deleted, or donated to a program"
+        )
     return [(_starts(shard.index), shard.data) for shard in value.addressable_shards]
 
 

@@ -47,6 +47,16 @@ def _tiles(mesh: MeshLayout, spec: tuple[tuple[str, ...], ...]) -> Tiles:
     return Tiles(parts, tuple(tuple(sorted(set(row))) for row in rows.tolist()))
 
 
+@functools.lru_cache(maxsize=4096)
+def _held(tiles: Tiles, rank: int) -> tuple[int, ...]:
+    return tuple(n for n, ranks in enumerate(tiles.holders) if rank in ranks)
+
+
+def tiles_held(layout: TreeLayout, leaf: LeafLayout, rank: int) -> tuple[int, ...]:
+    """Numbers of the tiles of a leaf that a rank holds."""
+    return _held(tiles_of(layout, leaf), rank)
+
+
 def tile_shape(leaf: LeafLayout, tiles: Tiles) -> tuple[int, ...]:
     """The shape of each tile of a leaf: all have the same."""
     return tuple(size // n for size, n in zip(leaf.shape, tiles.parts, strict=True))
@@ -58,11 +68,9 @@ def empty_tiles(layout: TreeLayout, rank: int) -> TilesByKey:
     Their pages are there: what comes first need not wait for them.
     """
     held = {
-        (number, tile): (tile_shape(leaf, tiles), leaf.dtype)
+        (number, tile): (tile_shape(leaf, tiles_of(layout, leaf)), leaf.dtype)
         for number, leaf in enumerate(layout.leaves)
-        for tiles in [tiles_of(layout, leaf)]
-        for tile, holders in enumerate(tiles.holders)
-        if rank in holders
+        for tile in tiles_held(layout, leaf, rank)
     }
     made = {key: _aligned(shape, dtype) for key, (shape, dtype) in held.items()}
     for values in made.values():
