@@ -185,10 +185,19 @@ Pair = collections.namedtuple("Pair", ["wq", "wk"])
 @pytest.mark.parametrize(
     ("tree", "match"),
     [
-        ({"z": np.ones((4, 4)), "y": np.zeros((4, 4))}, r"number 0 is y; .* it is wk"),
-        ([np.ones((4, 4)), np.zeros((4, 4))], r"number 0 is 0; .* it is wk"),
-        (Pair(np.ones((4, 4)), np.zeros((4, 4))), r"number 0 is wq; .* it is wk"),
-        ({"wk": np.ones((4, 4))}, "of 1 leaves, number 1 is none; .* it is wq"),
+        (
+            {"z": np.ones((4, 4)), "y": np.zeros((4, 4))},
+            "number 0 is y in the tree and wk in",
+        ),
+        ([np.ones((4, 4)), np.zeros((4, 4))], "number 0 is 0 in the tree and wk in"),
+        (
+            Pair(np.ones((4, 4)), np.zeros((4, 4))),
+            "number 0 is wq in the tree and wk in",
+        ),
+        (
+            {"wk": np.ones((4, 4))},
+            "has 1 leaves, its layout 2, and number 1 is none in the tree",
+        ),
         ({"wk": np.ones((4, 4)), "wq": 1.0}, "wq is of type float, and no array"),
     ],
 )

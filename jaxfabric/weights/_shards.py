@@ -133,9 +133,9 @@ def _check_names(what: str, layout: TreeLayout, names: list[str]) -> None:
     pairs = itertools.zip_longest(names, wanted, fillvalue="none")
     number, (ours, theirs) = next((n, p) for n, p in enumerate(pairs) if p[0] != p[1])
     raise FabricError(
-        f"{what}: of {len(names)} leaves, number {number} is {ours}; of the "
-        f"{len(wanted)} of the layout it is {theirs}: use a tree of the structure that "
-        "TreeLayout.of was given, or make the layout of this one"
+        f"{what}: the tree has {len(names)} leaves, its layout {len(wanted)}, and "
+        f"number {number} is {ours} in the tree and {theirs} in the layout: use a tree "
+        "of the structure that TreeLayout.of was given, or make the layout of this one"
     )
 
 
