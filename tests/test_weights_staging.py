@@ -64,7 +64,7 @@ def test_a_ring_that_cannot_be_written_keeps_no_staging() -> None:
         push = sender.push(whole_arrays(SOURCE), 1)
         with pytest.raises(jf.FabricError, match="ring cannot be written"):
             push.wait(PATIENCE_S)
-        assert sender._staging.left == 2
+        assert sender._outgoing.staging.left == 2
 
 
 def test_a_credit_for_a_slot_that_is_not_full_counts_for_nothing() -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from jaxfabric.weights import (
     Sender,
     Taken,
     TreeLayout,
+    _pack,
 )
 from jaxfabric.weights._tiles import (
     TilesByKey,
@@ -36,6 +38,7 @@ from jaxfabric.weights._tiles import (
 
 Arrays = dict[str, npt.NDArray[Any]]
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+STRIP_BYTES = 4 << 10  # threads share even small buckets
 DTYPES = ("float32", "bfloat16", "int8", "float16")
 
 
@@ -141,7 +144,11 @@ class TileReceiver(Receiver):
 
 @dataclasses.dataclass
 class Jobs:
-    """All ranks of a trainer and of a sampler, in one process."""
+    """All ranks of a trainer and of a sampler, in one process.
+
+    Attributes:
+      threads: of each rank; ``None``: the even ones have four, and the odd ones one.
+    """
 
     transport: str
     source: TreeLayout
@@ -150,13 +157,22 @@ class Jobs:
     stack: contextlib.ExitStack
     senders: list[TileSender] = dataclasses.field(default_factory=list)
     receivers: list[TileReceiver] = dataclasses.field(default_factory=list)
+    threads: int | None = None
+
+    def threads_of(self, rank: int) -> int:
+        return self.threads or (1 if rank % 2 else 4)
 
     def open_engine(self, name: str) -> jf.TransferEngine:
         return self.stack.enter_context(engine(self.transport, name=name))
 
     def open_sender(self, rank: int) -> TileSender:
         own = self.open_engine(f"trainer{rank}")
-        opened = TileSender(own, self.source, rank=rank, **self.options)
+        opened = TileSender(
+            *(own, self.source),
+            rank=rank,
+            threads=self.threads_of(rank),
+            **self.options,
+        )
         self.stack.callback(opened.close)
         return opened
 
@@ -167,6 +183,7 @@ class Jobs:
             layout=self.target,
             rank=rank,
             leader=leader,
+            threads=self.threads_of(rank),
         )
         self.stack.callback(opened.close)
         return opened
@@ -196,11 +213,13 @@ def jobs(
     target: TreeLayout,
     *,
     join: bool = True,
+    threads: int | None = None,
     **options: Any,
 ) -> Iterator[Jobs]:
     """Both jobs, connected unless ``join`` is false."""
     with contextlib.ExitStack() as stack:
-        made = Jobs(transport, source, target, options, stack)
+        stack.enter_context(mock.patch.object(_pack, "STRIP_BYTES", STRIP_BYTES))
+        made = Jobs(transport, source, target, options, stack, threads=threads)
         made.senders += [made.open_sender(rank) for rank in source.ranks]
         for rank in target.ranks:
             leader = made.receivers[0].address() if made.receivers else None

@@ -25,9 +25,10 @@ from unittest import mock
 import numpy as np
 from test_weights_plan import leaf, tree
 from transfer_cases import engine
-from weights_cases import Arrays, TileReceiver, TileSender, mesh, tile
+from weights_cases import STRIP_BYTES, Arrays, TileReceiver, TileSender, mesh, tile
 
 import jaxfabric as jf
+from jaxfabric.weights import _pack
 
 SOURCE = tree(
     mesh(2),
@@ -62,6 +63,11 @@ class Phase(enum.IntEnum):
     BUCKETS = 3
     TAKE = 4
     FILLING = 5
+
+
+def threads_of(rank: int) -> int:
+    """Both jobs have ranks of either kind."""
+    return 1 if rank % 2 else 4
 
 
 def key_of(version: int, trainer: int) -> int:
@@ -139,7 +145,12 @@ class _Trainer(_Child):
     def open(self, rank: int) -> bytes:
         own = self._engine()
         self._sender = self._stack.enter_context(
-            TileSender(own, SOURCE, rank=rank, bucket_bytes=1 << 18)
+            TileSender(
+                *(own, SOURCE),
+                rank=rank,
+                bucket_bytes=1 << 18,
+                threads=threads_of(rank),
+            )
         )
         return self._sender.address()
 
@@ -166,7 +177,13 @@ class _Sampler(_Child):
     def open(self, rank: int, leader: bytes | None) -> bytes:
         own = self._engine()
         self._receiver = self._stack.enter_context(
-            TileReceiver(own, None, layout=TARGET, rank=rank, leader=leader)
+            TileReceiver(
+                *(own, None),
+                layout=TARGET,
+                rank=rank,
+                leader=leader,
+                threads=threads_of(rank),
+            )
         )
         return self._receiver.address()
 
@@ -213,6 +230,7 @@ class _Sampler(_Child):
 
 def _main(role: str, name: str, transport: str, pipe: Any, phase: Any) -> None:
     faulthandler.register(signal.SIGUSR1)
+    _pack.STRIP_BYTES = STRIP_BYTES
     child = (_Trainer if role == "trainer" else _Sampler)(name, transport, phase)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         child.run(pipe)

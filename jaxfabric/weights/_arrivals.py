@@ -15,7 +15,7 @@ from jaxfabric.weights._buckets import Bucket, largest
 from jaxfabric.weights._crew import Crew
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
-from jaxfabric.weights._pack import STRIP_BYTES, Strip, unpacking
+from jaxfabric.weights._pack import Strip, helpers_for, unpacking
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import (
@@ -202,9 +202,15 @@ class Arrivals:
         version, number = claimed(memory)
         whole = number < len(source.buckets) and 0 < version == self._versions.filling
         if whole:
-            whole = self._take_bucket(source.buckets[number], memory, version, number)
+            bucket = source.buckets[number]
+            try:
+                whole = self._take_bucket(bucket, memory, version, number)
+                self._spoilt += not whole
+            except Exception as error:  # memory, for instance
+                whole = False
+                why = f"version {version} cannot be unpacked: {error!r}"
+                self._abandon(FabricError(why))
             (source.taken.add if whole else source.taken.discard)(number)
-            self._spoilt += not whole
         try:
             self._expect(source, slot)
         except FabricError as error:
@@ -240,7 +246,7 @@ class Arrivals:
             ),
             empty,
             self._phases,
-            helpers=bucket.nbytes // STRIP_BYTES,
+            helpers=helpers_for(bucket),
         )
         return is_whole(slot, checksum)
 

@@ -8,7 +8,6 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from jaxfabric._errors import (
@@ -19,19 +18,16 @@ from jaxfabric._errors import (
 )
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_engine import TransferEngine
-from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights import _frames
 from jaxfabric.weights._buckets import largest
-from jaxfabric.weights._crew import Crew
 from jaxfabric.weights._layout import TreeLayout
+from jaxfabric.weights._outgoing import Outgoing
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
 from jaxfabric.weights._slot import HEADER_BYTES
-from jaxfabric.weights._staging import Staging
 from jaxfabric.weights._target import Job, Target
 from jaxfabric.weights._watch import IDS_BEGIN, Watch
 from jaxfabric.weights._worker import Worker
-from jaxfabric.weights._writer import Begun, Writer
 
 _NAME_CHARS_MAX = 128
 _TRIES = 3  # of a bucket that comes spoilt
@@ -59,11 +55,11 @@ class Deliveries:
         self.engine, self.rank = engine, rank
         self._plan_to = plan_to
         # At exit they end in the reverse order: who uses the others goes first.
-        self._crew = Crew("jf.weights.Sender", threads)
-        self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
-        self._staging = Staging(engine, staging, bucket_bytes, self._crew)
+        self._outgoing = Outgoing(
+            *(engine, staging, bucket_bytes, threads),
+            *(self._post, self._unpacked, self._broken),
+        )
         self._targets: dict[int, Target] = {}
-        self._turns: collections.deque[int] = collections.deque()
         self._latest: Job | None = None
         self._current: Job | None = None
         self._queue: collections.deque[Job] = collections.deque()
@@ -75,6 +71,9 @@ class Deliveries:
         engine.submit_recvs(
             lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
         )
+
+    def _post(self, work: Callable[[], object]) -> None:
+        self._worker.post(work)
 
     # --- Greetings ---
 
@@ -111,10 +110,10 @@ class Deliveries:
         name = f"{fields['name'][:_NAME_CHARS_MAX]}/{fields['rank']}"
         if any(target.name == name for target in self._targets.values()):
             name += f"#{peer}"
-        self._targets[peer] = Target(
+        target = self._targets[peer] = Target(
             *(peer, fields["rank"], name, fields["connection"], parts)
         )
-        self._turns.append(peer)
+        self._outgoing.add(target)
         if fields["version"] != _frames.VERSION:
             raise FabricError(
                 f"jf.weights: the receiver speaks version {fields['version']}, the "
@@ -175,7 +174,7 @@ class Deliveries:
             if not job.first_post:
                 job.first_post = time.monotonic()
                 job.push._phases.wall["wait"] = job.first_post - job.waits_since
-            self._pump()
+            self._outgoing.pump()
 
     def _on_credit(self, target: Target, slot: int, whole: bool) -> None:
         found = target.under_way.pop(slot, None)
@@ -192,7 +191,7 @@ class Deliveries:
                     "buckets did: look at memory and NICs of both sides"
                 )
                 self._give_up(target, FabricError(why))
-        self._pump()
+        self._outgoing.pump()
 
     def _on_have(self, target: Target, fields: dict[str, Any]) -> None:
         job = target.job
@@ -239,98 +238,17 @@ class Deliveries:
         job.push._opens(target.name, target.nbytes)
         self._tell(target.peer, "begin", version=job.version)
 
-    def _pump(self) -> None:
-        """Packs and writes what there is room for, receiver by receiver."""
-        skipped = 0
-        while self._staging.left and skipped < len(self._turns):
-            peer = self._turns[0]
-            self._turns.rotate(-1)
-            target = self._targets.get(peer)
-            number = None if target is None else target.ready_bucket()
-            # One that hangs keeps its places: some are left for the others.
-            if target is None or number is None or target.staged >= self._staging.left:
-                skipped += 1
-                continue
-            skipped = 0
-            if target.again:
-                target.again.pop(0)
-            else:
-                target.next += 1
-            self._write(target, number)
-
-    def _write(self, target: Target, number: int) -> None:
-        job, made = target.job, target.plan
-        assert job is not None
-        assert made is not None
-        assert target.memory is not None
-        bucket = target.buckets[number]
-        staged = self._staging.free.pop()
-        target.staged += 1
-        try:
-            slot_bytes = self._staging.fill(staged, made, bucket, job, number)
-        except Exception as error:
-            self._staging.free.append(staged)
-            target.staged -= 1
-            target.again.append(number)  # it was not sent
-            why = f"version {job.version} cannot be packed: {error!r}"
-            if isinstance(error, RuntimeError):  # JAX's: the array was deleted
-                why = (
-                    f"the parameters of version {job.version} are gone ({error}); do "
-                    "not donate them before the next push"
-                )
-            self._give_up(target, FabricError(why))
-            return
-        slot = target.slots.pop()
-        target.under_way[slot] = job.version, number
-        memory = target.memory
-
-        def write() -> TransferFuture:
-            return self.engine.submit_single_write(
-                slot_bytes,
-                memory,
-                target.first_id + slot,
-                target_offset=slot * target.slot_bytes,
-                timeout_s=max(0.1, job.until - time.monotonic()),
+    def _unpacked(self, target: Target, error: Exception) -> None:
+        """A bucket cannot be packed."""
+        assert target.job is not None
+        version = target.job.version
+        why = f"version {version} cannot be packed: {error!r}"
+        if isinstance(error, RuntimeError):  # JAX's: the array was deleted
+            why = (
+                f"the parameters of version {version} are gone ({error}); do not "
+                "donate them before the next push"
             )
-
-        def begun(call: Future[Begun]) -> None:
-            target.handed.pop(call, None)
-            if call.cancelled():
-                if target.under_way.pop(slot, None) is not None:
-                    target.slots.append(slot)
-                return ended(None)
-            error = call.exception(0)
-            if isinstance(error, Exception):  # a ring that makes no sense may raise any
-                ended(None)
-                return self._broken(target, error)
-            done, core_s = call.result(0)
-            job.push._phases.core["write"] += core_s
-            if done.done():
-                ended(done)
-            else:
-                done.add_done_callback(lambda done: self._later(lambda: ended(done)))
-
-        def ended(done: TransferFuture | None) -> None:
-            self._staging.free.append(staged)
-            target.staged -= 1
-            if done is None:
-                return
-            if (error := done.exception(0)) is not None:
-                self._broken(target, error)
-            else:
-                job.push._wrote(slot_bytes.nbytes, job.first_post)
-
-        call = self._writer.submit(write)
-        if call.done():  # where that is this thread's work; `_pump` goes on
-            begun(call)
-        else:
-            target.handed[call] = number
-            call.add_done_callback(lambda call: self._later(lambda: begun(call)))
-
-    def _later(self, work: Callable[[], object]) -> None:
-        """From other threads, when a place may have become free."""
-        self._worker.post(work)
-        self._worker.post(self._pump)
+        self._give_up(target, FabricError(why))
 
     # --- How it ends ---
 
@@ -368,7 +286,7 @@ class Deliveries:
         target = self._targets.pop(peer, None)
         if target is None:
             return
-        self._turns.remove(peer)
+        self._outgoing.remove(target)
         self._end(target, _judged(target, error))
 
     def _expire(self, job: Job) -> None:

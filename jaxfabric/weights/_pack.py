@@ -124,6 +124,11 @@ def unpack(plan: Plan, bucket: Bucket, tile_of: Tile, data: Bytes) -> None:
         strip.copy()
 
 
+def helpers_for(bucket: Bucket) -> int:
+    """How many more threads are of use."""
+    return bucket.nbytes // STRIP_BYTES
+
+
 def _strips(plan: Plan, bucket: Bucket, data: Bytes, works: Works) -> Iterator[Strip]:
     """Small moves together, large ones in parts."""
     number = begin = end = 0

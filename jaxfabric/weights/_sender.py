@@ -131,7 +131,7 @@ class Sender(Deliveries):
             if target.plan is not None
         ]
         return {
-            "bytes": self._staging.nbytes + sum(kept.values()),
+            "bytes": self._outgoing.staging.nbytes + sum(kept.values()),
             "ring_bytes": sum(rings),
         }
 
@@ -193,8 +193,7 @@ class Sender(Deliveries):
             self._closed = True
             self._worker.post(self._leave)
         self._worker.close()
-        self._writer.close()
-        self._crew.close()
+        self._outgoing.close()
         if not self.engine.closed:
             self.engine.submit_recvs(None)
             self.engine.drain()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._crew import Crew
-from jaxfabric.weights._pack import STRIP_BYTES, Strip, packing
+from jaxfabric.weights._pack import Strip, helpers_for, packing
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import HEADER_BYTES, Bytes, Checksum, seal
@@ -50,7 +50,7 @@ class Staging:
             packing(plan, bucket, job.tile_of, slot[HEADER_BYTES:]),
             fill,
             job.push._phases,
-            helpers=bucket.nbytes // STRIP_BYTES,
+            helpers=helpers_for(bucket),
         )
         seal(slot, checksum)
         return slot
