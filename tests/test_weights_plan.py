@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import json
 import math
 import time
@@ -287,6 +288,33 @@ def test_a_plan_of_another_format_is_refused() -> None:
     ):
         with pytest.raises(jf.FabricError, match=match):
             Plan.from_bytes(packed(*documents[:2], spoil))
+
+
+def test_how_a_plan_is_carried_out_belongs_to_its_format() -> None:
+    """Both jobs compute who sends what, in which buckets: they must do it alike.
+
+    If this digest changes, so must `_plan._FORMAT`, which tells two of them apart.
+    """
+    source = tree(
+        mesh(3, 2),
+        leaf("w", (1024, 1536), "b"),
+        leaf("v", (6, 1280, 1024), "", "b", dtype="bfloat16"),
+        *(leaf(f"n{i}", (48,)) for i in range(5)),
+    )
+    target = tree(
+        mesh(4),
+        leaf("w", (1024, 1536), "", "a"),
+        leaf("v", (6, 1280, 1024), dtype="float8_e4m3fn"),
+        leaf("v_s", (6, 10, 8)),
+        *(leaf(f"n{i}", (48,), "a") for i in range(5)),
+    )
+    made = plan(source, target, scales="{}_s", bucket_bytes=1 * MIB)
+    told = [
+        [sorted(made.sends(rank).items()) for rank in source.ranks],
+        [bucket_size(1 << 28, 32 * MIB, ranks) for ranks in (1, 64, 65, 1000)],
+    ]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    assert (_plan._FORMAT, digest[:16]) == (2, "84bce3f5fbb8f1af")
 
 
 NUMBERS: tuple[Any, ...] = (-1, 0, 1, 2, 7, 128, 1 << 16, (1 << 39) + 1, 1 << 70)

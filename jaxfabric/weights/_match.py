@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxfabric._errors import PlanMismatchError
+from jaxfabric.weights._buckets import BLOCK, scale_shape
+from jaxfabric.weights._dtypes import E4M3, can_cast, wide_float
 from jaxfabric.weights._layout import LeafLayout, TreeLayout
 from jaxfabric.weights._tiles import overlaps
 
@@ -80,14 +84,13 @@ def match(
     cast: bool,
     scales: str | None,
 ) -> tuple[Link, ...]:
-    """Finds the links that fill each target leaf exactly once.
+    """Finds the links that fill target leaves; `check_cover` sees if each is, once.
 
     Raises:
-      PlanMismatchError: names the leaves that would be filled twice, or not wholly,
-        whose shapes do not fit, or whose dtypes differ.
+      PlanMismatchError: names the leaves that are not there, whose shapes do not fit,
+        or whose dtypes differ.
     """
     numbers = {leaf.name: number for number, leaf in enumerate(target.leaves)}
-    scale_of = _scale_leaves(target, numbers, scales)
     links: list[Link] = []
     for number, leaf in enumerate(source.leaves):
         for place, box in _places(leaf, rename):
@@ -95,15 +98,47 @@ def match(
                 raise PlanMismatchError(
                     f"jf.weights.plan: {leaf.name} becomes {place.name}, which the "
                     "target does not have; rename it, or rename it to None to leave "
-                    "it out"
+                    f"it out{_mistyped(source, rename)}"
                 )
             found = numbers[place.name]
-            link = _link(number, leaf, box, found, target.leaves[found], place)
-            link = dataclasses.replace(link, scales=scale_of.get(found, -1))
-            _check_dtypes(leaf, target.leaves[found], link, cast)
+            into = target.leaves[found]
+            link = _link(number, leaf, box, found, into, place)
+            if into.dtype == E4M3 and wide_float(leaf.dtype):
+                wanted = _format(scales, into.name, "scales is")
+                own = numbers.get(wanted or "", -1)
+                if own >= 0:
+                    _check_scales(into, target.leaves[own])
+                    link = dataclasses.replace(link, scales=own)
+                elif wanted is not None:
+                    raise PlanMismatchError(
+                        f"jf.weights.plan: {leaf.name} is {leaf.dtype} and becomes "
+                        f"{into.name}, {into.dtype}, whose scales would be {wanted}: "
+                        "the target has no such leaf"
+                    )
+            if link.scales < 0:
+                _check_dtypes(leaf, into, cast)
             links.append(link)
-    check_cover(target, links)
     return tuple(links)
+
+
+def _mistyped(source: TreeLayout, rename: Rename | None) -> str:
+    """Names of ``rename`` that no source leaf has: one of them may be meant."""
+    if rename is None or callable(rename):
+        return ""
+    unknown = sorted(set(rename) - {leaf.name for leaf in source.leaves})
+    if not unknown:
+        return ""
+    return f" (rename= has {', '.join(unknown[:_NAMED_MAX])}, no leaves of the source)"
+
+
+def _format(pattern: str | None, value: Any, what: str) -> str | None:
+    try:
+        return None if pattern is None else pattern.format(value)
+    except (IndexError, KeyError, ValueError, AttributeError) as error:
+        raise PlanMismatchError(
+            f"jf.weights.plan: {what} {pattern!r}, which has to have one {{}}: "
+            f"{error!r}"
+        ) from None
 
 
 def view(shape: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
@@ -118,7 +153,12 @@ def _places(
     if rename is None:
         named: Target = leaf.name
     elif callable(rename):
-        named = rename(leaf.name)
+        try:
+            named = rename(leaf.name)
+        except Exception as error:
+            raise PlanMismatchError(
+                f"jf.weights.plan: rename= of {leaf.name} failed: {error!r}"
+            ) from error
     else:
         named = rename.get(leaf.name, leaf.name)
     zeros = (0,) * len(leaf.shape)
@@ -135,7 +175,7 @@ def _places(
         )
     return [
         (
-            Place(named.names.format(i)),
+            Place(_format(named.names, i, "a Split is") or ""),
             ((i, *zeros[1:]), (1, *leaf.shape[1:])),
         )
         for i in range(leaf.shape[0])
@@ -153,7 +193,13 @@ def _link(
     start, shape = box
     dimensions = max(len(shape), len(target.shape))
     extent = view(shape, dimensions)
-    into = list(place.start or (0,) * len(target.shape))
+    try:
+        into = [operator.index(at) for at in place.start or (0,) * len(target.shape)]
+    except TypeError:
+        raise PlanMismatchError(
+            f"jf.weights.plan: {leaf.name} becomes {place}, which starts at no numbers "
+            "of elements"
+        ) from None
     if place.index is not None and target.shape:
         into[0] = place.index
     wanted = view(target.shape, dimensions)
@@ -171,81 +217,68 @@ def _link(
     return Link(number, found, (0,) * (dimensions - len(start)) + start, begin, extent)
 
 
-def _scale_leaves(
-    target: TreeLayout, numbers: Mapping[str, int], scales: str | None
-) -> dict[int, int]:
-    """For each leaf that is quantised in blocks, the leaf of its scales."""
-    if scales is None:
-        return {}
-    found = {}
-    for number, leaf in enumerate(target.leaves):
-        if leaf.dtype != "float8_e4m3fn" or scales.format(leaf.name) not in numbers:
-            continue
-        own = numbers[scales.format(leaf.name)]
-        shape = leaf.shape
-        wanted = (
-            *shape[:-2],
-            *(math.ceil(size / 128) for size in shape[-2:]),
+def _check_scales(leaf: LeafLayout, scales: LeafLayout) -> None:
+    """Whether a leaf of the target that is quantised in blocks has such scales."""
+    shape = leaf.shape
+    if len(shape) < 2 or scales.shape != scale_shape(shape):
+        wanted = scale_shape(shape) if len(shape) > 1 else "two dimensions"
+        raise PlanMismatchError(
+            f"jf.weights.plan: {leaf.name} of shape {shape} has scales {scales.name} "
+            f"of shape {scales.shape}; blocks of 128x128 need {wanted}"
         )
-        if len(shape) < 2 or target.leaves[own].shape != wanted:
-            raise PlanMismatchError(
-                f"jf.weights.plan: {leaf.name} of shape {shape} has scales "
-                f"{target.leaves[own].name} of shape {target.leaves[own].shape}; "
-                f"blocks of 128x128 need {wanted}"
-            )
-        if target.leaves[own].dtype != "float32":
-            raise PlanMismatchError(
-                f"jf.weights.plan: {target.leaves[own].name} has dtype "
-                f"{target.leaves[own].dtype}; scales are float32"
-            )
-        found[number] = own
-    return found
+    if scales.dtype != "float32":
+        raise PlanMismatchError(
+            f"jf.weights.plan: {scales.name} has dtype {scales.dtype}; scales are "
+            "float32"
+        )
 
 
-def _check_dtypes(
-    source: LeafLayout, target: LeafLayout, link: Link, cast: bool
-) -> None:
-    if source.dtype == target.dtype and link.scales < 0:
+def _check_dtypes(source: LeafLayout, target: LeafLayout, cast: bool) -> None:
+    if source.dtype == target.dtype:
         return
-    if cast or link.scales >= 0:
+    allowed = can_cast(source.dtype, target.dtype)
+    if cast and allowed:
         return
+    way_out = "cast=True rounds it"
+    if not allowed:
+        way_out = (
+            "cast=True takes floats of two bytes and more to such floats, and integers "
+            "to wider ones: convert it in the source's program"
+        )
+        if target.dtype == E4M3 and wide_float(source.dtype):
+            way_out += ", or give the target a leaf of scales, and plan scales="
     raise PlanMismatchError(
         f"jf.weights.plan: {source.name} is {source.dtype} at the source and "
-        f"{target.name} is {target.dtype} at the target; cast=True rounds it"
+        f"{target.name} is {target.dtype} at the target; {way_out}"
     )
 
 
-def check_cover(target: TreeLayout, links: Sequence[Link]) -> None:
-    """Raises PlanMismatchError unless each leaf is filled once.
+def check_cover(
+    target: TreeLayout, links: Sequence[Link], source: TreeLayout | None = None
+) -> None:
+    """Raises PlanMismatchError unless each leaf is filled once, by its name.
 
-    Leaves of scales are filled with their payload.
+    A leaf of scales is filled with what is quantised, by copies, or partly by either.
     """
-    filled = {link.scales for link in links} - {-1}
-    into: dict[int, list[Link]] = {}
+    into: dict[int, list[tuple[Link, bool]]] = {}
     for link in links:
-        into.setdefault(link.target, []).append(link)
+        into.setdefault(link.target, []).append((link, False))
+        if link.scales >= 0:
+            into.setdefault(link.scales, []).append((link, True))
     missing = []
     for number, leaf in enumerate(target.leaves):
         found = into.get(number, [])
-        if number in filled:
-            if found:
-                raise PlanMismatchError(
-                    f"jf.weights.plan: {leaf.name} takes the scales of another leaf, "
-                    "and would be filled twice; rename its source to None"
-                )
-            continue
-        dimensions = max((len(link.extent) for link in found), default=0)
-        starts = [view_start(link.target_start, dimensions) for link in found]
-        shapes = [view(link.extent, dimensions) for link in found]
+        boxes = [_box(link, of_scales) for link, of_scales in found]
+        dimensions = max((len(shape) for _, shape in boxes), default=0)
         twice = None
         if len(found) > 1:
-            twice = overlaps(np.asarray(starts, np.int64), np.asarray(shapes, np.int64))
-        if twice is not None:
-            raise PlanMismatchError(
-                f"jf.weights.plan: {leaf.name} would be filled twice, at "
-                f"{starts[twice[0]]} and at {starts[twice[1]]}"
+            twice = overlaps(
+                np.asarray([view_start(s, dimensions) for s, _ in boxes], np.int64),
+                np.asarray([view(shape, dimensions) for _, shape in boxes], np.int64),
             )
-        if sum(math.prod(link.extent) for link in found) < math.prod(leaf.shape):
+        if twice is not None:
+            raise _filled_twice(leaf, source, [(*found[i], boxes[i]) for i in twice])
+        if sum(math.prod(shape) for _, shape in boxes) < math.prod(leaf.shape):
             missing.append(leaf.name)
     if missing:
         more = f" and {len(missing) - _NAMED_MAX} more" if len(missing) > 8 else ""
@@ -253,6 +286,39 @@ def check_cover(target: TreeLayout, links: Sequence[Link]) -> None:
             "jf.weights.plan: nothing fills (all of) "
             f"{', '.join(missing[:_NAMED_MAX])}{more}"
         )
+
+
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _box(link: Link, of_scales: bool) -> _Box:
+    """Where a link goes in its leaf, or in that of its scales, and how much that is."""
+    start, extent = link.target_start, link.extent
+    if not of_scales:
+        return start, extent
+    return (*start[:-2], *(at // BLOCK for at in start[-2:])), scale_shape(extent)
+
+
+def _filled_twice(
+    leaf: LeafLayout,
+    source: TreeLayout | None,
+    found: list[tuple[Link, bool, _Box]],
+) -> PlanMismatchError:
+    parts = []
+    way_out = ""
+    for link, of_scales, (start, _) in found:
+        name = source.leaves[link.source].name if source else f"leaf {link.source}"
+        if of_scales:
+            way_out = (
+                f"; {name} is quantised on its way, which makes these scales: if it "
+                "needs others besides, convert it in the source's program"
+            )
+            name = f"the scales of {name}"
+        parts.append(f"at {start} from {name}")
+    return PlanMismatchError(
+        f"jf.weights.plan: {leaf.name} would be filled twice, {' and '.join(parts)}"
+        f"{way_out}"
+    )
 
 
 def view_start(start: tuple[int, ...], dimensions: int) -> tuple[int, ...]:

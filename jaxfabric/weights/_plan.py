@@ -25,8 +25,9 @@ from jaxfabric.weights._copies import (
     received_by,
     sent_by,
 )
+from jaxfabric.weights._dtypes import E4M3, wide_float
 from jaxfabric.weights._layout import TreeLayout
-from jaxfabric.weights._match import Link, Rename, match, view
+from jaxfabric.weights._match import Link, Rename, check_cover, match, view
 from jaxfabric.weights._tiles import tile_shape, tiles_of
 
 BUCKET_BYTES = 32 << 20
@@ -140,10 +141,15 @@ class Plan:
     # --- For people ---
 
     def check(self) -> None:
-        """Raises ValueError if the links do not fit the layouts.
+        """Raises ValueError or PlanMismatchError if the links do not fit the layouts.
 
-        A plan that `plan` made fits; one that came as bytes may not.
+        It is called for each plan that is made, and for each that comes as bytes: a
+        target leaf that is not filled, or twice, is named.
         """
+        if type(self.bucket_bytes) is not int:
+            raise ValueError(
+                f"jf.weights.plan: bucket_bytes={self.bucket_bytes!r} is no integer"
+            )
         if not _BUCKET_BYTES_MIN <= self.bucket_bytes < 1 << 32:
             raise ValueError(
                 f"jf.weights.plan: bucket_bytes={self.bucket_bytes} must be at least "
@@ -167,16 +173,19 @@ class Plan:
                     raise ValueError(f"a link leads outside of {leaf.name}")
             if link.scales >= 0:
                 self._check_blocks(link)
+        check_cover(self.target, self.links, self.source)
 
     def _check_blocks(self, link: Link) -> None:
         """Quantised blocks lie in one tile of either side, with their scales."""
         source = self.source.leaves[link.source]
         target = self.target.leaves[link.target]
         scales = self.target.leaves[link.scales]
-        if min(len(source.shape), len(target.shape)) < 2 or "float" not in source.dtype:
+        dimensions = min(len(source.shape), len(target.shape))
+        if dimensions < 2 or target.dtype != E4M3 or not wide_float(source.dtype):
             raise PlanMismatchError(
                 f"jf.weights.plan: {source.name}, {source.dtype}{source.shape}, cannot "
-                f"be quantised into {target.name}: blocks have two dimensions of floats"
+                f"be quantised into {target.name}, {target.dtype}: blocks have two "
+                "dimensions of floats of two bytes or more"
             )
         if scales.shape != scale_shape(target.shape) or scales.dtype != "float32":
             raise PlanMismatchError(
@@ -266,10 +275,13 @@ def plan(
       rename: for each source leaf (a mapping, or a function of its name) the name of
         the target leaf; or a `Place` in one, a `Split` into several, or ``None`` to
         leave it out. What a mapping does not have keeps its name.
-      cast: whether leaves of another dtype are rounded to the target's, once.
+      cast: whether leaves of another dtype are rounded to the target's, once: floats
+        (float64 through float32), and integers that fit. Not to or from float8, which
+        needs scales.
       scales: how the scales of a leaf are called, such as ``"{}_scale_inv"``: target
         leaves of float8_e4m3fn that have such a leaf (float32, one number for each
-        128x128 block of the last two dimensions) are quantised in blocks.
+        128x128 block of the last two dimensions) are quantised in blocks. What is
+        float8_e4m3fn at the source already is copied, and so are its scales.
 
     Raises:
       PlanMismatchError: a target leaf would not be filled, or twice; shapes or dtypes
@@ -281,6 +293,9 @@ def plan(
       plan = jf.weights.plan(trainer, sampler, rename={"embed": "tok_embeddings"})
       print(plan.summary())
     """
+    if not source.leaves or not target.leaves:
+        which = "target" if source.leaves else "source"
+        raise PlanMismatchError(f"jf.weights.plan: the {which}'s tree has no leaves")
     made = Plan(
         source,
         target,
