@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from weights_cases import assert_tiles, jobs, mesh, whole_arrays
 import jaxfabric as jf
 from jaxfabric.weights import _pack
 from jaxfabric.weights._buckets import BLOCK
-from jaxfabric.weights._crew import Crew, thread_count
+from jaxfabric.weights._crew import Crew, Dropped, thread_count
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._slot import Checksum
 from jaxfabric.weights._worker import Worker
@@ -37,7 +38,7 @@ SLOW_S = 5e-3
 
 @pytest.fixture
 def crew() -> Iterator[Crew]:
-    made = Crew("test", 4)
+    made = Crew("test", 3)
     yield made
     made.close()
 
@@ -55,19 +56,25 @@ def test_each_part_is_done_once_and_by_several(
         who.add(threading.get_ident())
         phases.lap("work")
 
-    phases = Phases()
     begin = time.monotonic()
-    crew.each(range(40), do, phases, helpers)
+    crew.each(range(40), do, helpers)
     took = time.monotonic() - begin
     assert sorted(done) == list(range(40))
     assert (most > 1) == (len(who) > 1)
     assert len(who) <= most
-    assert 0 < phases.wall["work"] <= took
+    assert 40e-3 / most <= crew.phases.wall["work"] <= took
 
 
-def test_nothing_goes_on_when_a_part_has_failed(crew: Crew) -> None:
+@pytest.mark.parametrize("parts", ["fails", "cannot be made"])
+def test_nothing_goes_on_when_a_part_has_failed(parts: str, crew: Crew) -> None:
     busy: set[int] = set()
     begun = []
+
+    def made() -> Iterator[int]:
+        yield from range(5)
+        if parts == "cannot be made":
+            raise MemoryError("part 5")
+        yield from range(5, 100)
 
     def do(part: int, phases: Phases) -> None:
         busy.add(part)
@@ -78,32 +85,83 @@ def test_nothing_goes_on_when_a_part_has_failed(crew: Crew) -> None:
             raise MemoryError("part 5")
 
     with pytest.raises(MemoryError, match="part 5"):
-        crew.each(range(100), do, Phases(), helpers=3)
+        crew.each(made(), do, helpers=3)
     assert not busy
     assert len(begun) < 20
+    crew.each(range(3), lambda part, phases: begun.append(-1), helpers=3)
+    assert begun[-3:] == [-1] * 3
 
 
 def test_helpers_that_are_late_are_not_waited_for(crew: Crew) -> None:
     held = threading.Event()
-    for helper in crew._helpers:
-        helper.post(functools.partial(held.wait, PATIENCE_S))
+    for worker in crew._workers:
+        worker.post(functools.partial(held.wait, PATIENCE_S))
     done: list[int] = []
-    crew.each(range(5), lambda part, phases: done.append(part), Phases(), helpers=3)
+    crew.each(range(5), lambda part, phases: done.append(part), helpers=3)
     assert done == list(range(5))
     held.set()
 
 
+def test_tasks_overlap_and_end_once(crew: Crew) -> None:
+    """A long part of the first one keeps nobody from the second one."""
+    held, ended = threading.Event(), queue.SimpleQueue[tuple[str, Any]]()
+
+    def do(part: str, phases: Phases) -> None:
+        if part == "long":
+            held.wait(PATIENCE_S)
+
+    def begin(name: str, *parts: str) -> None:
+        crew.begin(parts, do, lambda failure: ended.put((name, failure)))
+
+    begin("first", "long", "short")
+    begin("second", *["short"] * 10)
+    begin("empty")
+    assert {ended.get(timeout=PATIENCE_S) for _ in range(2)} == {
+        ("second", None),
+        ("empty", None),
+    }
+    held.set()
+    assert ended.get(timeout=PATIENCE_S) == ("first", None)
+    assert ended.empty()
+
+
+def test_what_is_dropped_ends_once_when_nobody_is_at_it(crew: Crew) -> None:
+    busy: set[object] = set()
+    outcomes: list[Exception | None] = []
+    begun = []
+
+    def do(part: int, phases: Phases) -> None:
+        token = object()
+        busy.add(token)
+        begun.append(part)
+        time.sleep(SLOW_S)
+        busy.discard(token)
+
+    for _ in range(2):
+        crew.begin(range(1000), do, outcomes.append)
+    until(lambda: len(busy) == 3)
+    crew.drop()
+    assert not busy
+    assert len(begun) < 100
+    assert [type(outcome) for outcome in outcomes] == [Dropped, Dropped]
+    crew.each([1], do, helpers=3)
+    assert len(outcomes) == 2
+
+
 def test_clocks_share_out_the_whole_and_cores_add_up() -> None:
-    one, other, whole = Phases(), Phases(), Phases()
+    one, other, threads, whole = Phases(), Phases(), Phases(), Phases()
     one.wall.update(pack=3.0, seal=1.0)
     one.core.update(pack=2.0, seal=1.0)
     other.wall.update(pack=4.0)
     other.core.update(pack=4.0)
     time.sleep(0.02)
-    whole.join([one, other])
+    threads.add(one)
+    threads.add(other)
+    whole.join(threads)
     assert whole.wall["pack"] == pytest.approx(7 * whole.wall["seal"])
     assert 0.02 <= whole.wall["pack"] + whole.wall["seal"] < 1
     assert whole.core == {"pack": 6.0, "seal": 1.0}
+    assert not any((one.wall, one.core, threads.wall, threads.core))
 
 
 def test_what_waits_can_be_taken_back() -> None:

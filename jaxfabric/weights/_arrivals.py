@@ -12,15 +12,14 @@ from jaxfabric._transfer_memory import Region
 from jaxfabric.weights import _frames
 from jaxfabric.weights._agreement import Agreement
 from jaxfabric.weights._buckets import Bucket, largest
-from jaxfabric.weights._crew import Crew
+from jaxfabric.weights._crew import Crew, Dropped
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
-from jaxfabric.weights._pack import Strip, helpers_for, unpacking
+from jaxfabric.weights._pack import Strip, unpacking
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import (
     HEADER_BYTES,
-    Bytes,
     Checksum,
     claimed,
     is_whole,
@@ -56,10 +55,10 @@ class Arrivals:
         self._buckets: dict[int, list[Bucket]] = {}  # by source rank
         self._rings: list[Region] = []  # also of those that are gone
         self._next_id = self._connections = 0
-        self._phases = Phases()  # of the newest version
+        self._filling: object = None  # differs each time that a version begins
         self._spoilt = 0
         # At exit they end in the reverse order.
-        self._crew = Crew("jf.weights.Receiver", threads)
+        self._crew = Crew("jf.weights.Receiver", threads if threads > 1 else 0)
         self._worker = Worker("jf.weights.Receiver")
         self._watch = Watch(
             engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
@@ -197,37 +196,24 @@ class Arrivals:
         if self._sources.get(source.peer) is not source:
             return
         assert source.ring is not None
-        assert self._plan is not None
-        memory = source.ring.array[slot]
-        version, number = claimed(memory)
-        whole = number < len(source.buckets) and 0 < version == self._versions.filling
-        if whole:
-            bucket = source.buckets[number]
-            try:
-                whole = self._take_bucket(bucket, memory, version, number)
-                self._spoilt += not whole
-            except Exception as error:  # memory, for instance
-                whole = False
-                why = f"version {version} cannot be unpacked: {error!r}"
-                self._abandon(FabricError(why))
-            (source.taken.add if whole else source.taken.discard)(number)
-        try:
-            self._expect(source, slot)
-        except FabricError as error:
-            self._drop(source.peer, error)
+        version, number = claimed(source.ring.array[slot])
+        if number >= len(source.buckets) or not 0 < version == self._versions.filling:
+            self._emptied(source, slot, whole=False)
             return
-        self._send(source.peer, _frames.credit(slot, whole))
-        if source.complete:
-            self._advance()
+        self._empty(source, slot, number)
+        if not self._crew.helpers:
+            self._crew.finish()
 
-    def _take_bucket(
-        self, bucket: Bucket, slot: Bytes, version: int, number: int
-    ) -> bool:
-        """Copies a bucket to its tiles; whether each byte of it is right.
+    def _empty(self, source: Source, slot: int, number: int) -> None:
+        """Copies a bucket to its tiles, in the crew's threads.
 
-        If not, the tiles have what is wrong until it comes again: nobody sees them.
+        If it turns out to be spoilt, the tiles have what is wrong until it comes again:
+        nobody sees them.
         """
         assert self._plan is not None
+        assert source.ring is not None
+        memory, bucket = source.ring.array[slot], source.buckets[number]
+        version, filling = self._versions.filling, self._filling
         back = self._versions.back
         checksum = Checksum(version, number, bucket.nbytes)
 
@@ -237,18 +223,42 @@ class Arrivals:
             strip.copy()
             phases.lap("unpack")
 
-        # Nothing else happens here meanwhile: ring and tiles stay what they are.
-        self._crew.each(
-            unpacking(
-                *(self._plan, bucket),
-                lambda leaf, tile: back[leaf, tile],
-                slot[HEADER_BYTES:],
-            ),
-            empty,
-            self._phases,
-            helpers=helpers_for(bucket),
+        def took(failure: Exception | None) -> None:
+            if self._sources.get(source.peer) is not source:
+                return
+            whole = failure is None and is_whole(memory, checksum)
+            if self._filling is filling:
+                (source.taken.add if whole else source.taken.discard)(number)
+                if failure is None:
+                    self._spoilt += not whole
+                elif not isinstance(failure, Dropped):  # no memory, for instance
+                    why = f"version {version} cannot be unpacked: {failure!r}"
+                    self._abandon(FabricError(why))
+            self._emptied(source, slot, whole)
+
+        def done(failure: Exception | None) -> None:
+            if self._crew.helpers:
+                self._worker.post(lambda: took(failure))
+            else:
+                took(failure)
+
+        strips = unpacking(
+            *(self._plan, bucket),
+            lambda leaf, tile: back[leaf, tile],
+            memory[HEADER_BYTES:],
         )
-        return is_whole(slot, checksum)
+        self._crew.begin(strips, empty, done)
+
+    def _emptied(self, source: Source, slot: int, whole: bool) -> None:
+        """Its sender may use a slot again."""
+        try:
+            self._expect(source, slot)
+        except FabricError as error:
+            self._drop(source.peer, error)
+            return
+        self._send(source.peer, _frames.credit(slot, whole))
+        if source.complete:
+            self._advance()
 
     def _offered(self, source: Source, version: int) -> None:
         filling = self._versions.filling
@@ -279,7 +289,9 @@ class Arrivals:
                     why = f"version {versions.newest} is here, which is newer"
                     self._tell(source.peer, "refuse", version=version, why=why)
             return
-        self._phases = Phases()
+        self._crew.drop()  # what came of a version that was given up
+        self._crew.phases = Phases()
+        self._filling = object()
         versions.begin(version, origin)
         for source in sources:
             source.taken.clear()
@@ -295,6 +307,7 @@ class Arrivals:
         if not all(s.complete and s.offered == versions.filling for s in sources):
             return
         version = versions.filling
+        self._crew.drop()  # buckets that came twice
         if not versions.swap():
             return  # `take` comes back here
         for source in sources:
@@ -305,8 +318,8 @@ class Arrivals:
         self._tell(
             *(source.peer, "have"),
             version=version,
-            verify_us=int(self._phases.wall["verify"] * 1e6),
-            unpack_us=int(self._phases.wall["unpack"] * 1e6),
+            verify_us=int(self._crew.phases.wall["verify"] * 1e6),
+            unpack_us=int(self._crew.phases.wall["unpack"] * 1e6),
         )
 
     # --- What does not come ---
@@ -336,6 +349,7 @@ class Arrivals:
 
     def _retire(self, source: Source) -> None:
         """Gives back a ring; what may still be written into it stays registered."""
+        self._crew.drop()  # nobody reads it
         for wait in source.waits.values():
             wait.cancel()
         if source.ring is not None:

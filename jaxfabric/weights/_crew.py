@@ -1,20 +1,22 @@
-"""Crew: threads that do one thing together."""
+"""Crew: threads that share tasks, part by part."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent import futures
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._worker import Worker
 
 _THREADS_MAX = 4  # by default; each of them copies several GB/s
+_CLOSE_S = 10.0
 _CORES_PER_THREAD = 4  # other processes of the job, and JAX, want some, too
 
-T = TypeVar("T")
+Do = Callable[[Any, Phases], object]
 
 
 def thread_count(threads: int | None) -> int:
@@ -31,63 +33,168 @@ def thread_count(threads: int | None) -> int:
     return threads
 
 
-class Crew:
-    """The thread that calls it, and helpers.
+@dataclasses.dataclass(eq=False)
+class Task:
+    """Parts that are done in any order.
 
-    Nothing goes on when a call is over: what it read and wrote is nobody's then.
+    Attributes:
+      parts: those that are left; made one at a time, as they are needed.
+      do: is called with a part, and its thread's phases.
+      done: is called once, by any thread, when all parts are done, or no more of them
+        will be: with what failed first, or ``None``.
+      all_taken: whether nobody will begin another part.
+      busy: threads that are at one.
+      failure: what failed first.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._helpers = [Worker(f"{name}.{i}") for i in range(1, threads)]
+    parts: Iterator[Any]
+    do: Do
+    done: Callable[[Exception | None], object]
+    all_taken: bool = False
+    busy: int = 0
+    failure: Exception | None = None
 
-    def each(
+
+class Dropped(Exception):
+    """A task was not finished, since nobody wants it any more."""
+
+
+class Crew:
+    """Helpers, and whoever calls `finish`. They begin tasks in order.
+
+    Attributes:
+      helpers: how many threads of its own there are.
+      phases: where time goes: by the clock, that in which any thread is at a part,
+        shared out as the threads' own; and over cores, the sum.
+    """
+
+    def __init__(self, name: str, helpers: int) -> None:
+        self.helpers = helpers
+        self.phases = Phases()
+        self._workers = [Worker(f"{name}.{i + 1}") for i in range(helpers)]
+        self._changed = threading.Condition()  # guards what follows, and the tasks
+        self._tasks: collections.deque[Task] = collections.deque()
+        self._busy = 0
+        self._laps = Phases()
+
+    def begin(
         self,
-        parts: Iterable[T],
-        do: Callable[[T, Phases], object],
-        phases: Phases,
-        helpers: int,
-    ) -> None:
-        """Does each part once, in any order.
+        parts: Iterable[Any],
+        do: Do,
+        done: Callable[[Exception | None], object] = lambda failure: None,
+        helpers: int | None = None,
+    ) -> Task:
+        """Adds a task; without helpers nothing is done before `finish`.
 
         Args:
-          parts: made one at a time, as they are needed.
-          do: is called with a part, and its thread's phases.
-          phases: to which the time is added: the whole by the clock, shared out as the
-            threads' own, and the sum over their cores.
-          helpers: how many are of use, at most.
+          parts, do, done: of the `Task`.
+          helpers: how many are of use; ``None``: all.
+        """
+        task = Task(iter(parts), do, done)
+        with self._changed:
+            self._tasks.append(task)
+        for worker in self._workers[:helpers]:
+            worker.post(self._work)
+        return task
+
+    def finish(self) -> None:
+        """Helps until nothing is left to begin, and waits until all is done."""
+        self._work()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy)
+
+    def each(self, parts: Iterable[Any], do: Do, helpers: int) -> None:
+        """Does each part once, now.
 
         Raises:
-          Exception: what failed first; no thread is at work any more.
+          Exception: what failed first. No thread is at work any more.
         """
-        left, lock = iter(parts), threading.Lock()
+        task = self.begin(parts, do, helpers=helpers)
+        self.finish()
+        if task.failure is not None:
+            raise task.failure
 
-        def work() -> Phases:
-            nonlocal left
-            mine = Phases()
-            while True:
-                try:
-                    with lock:
-                        part = next(left)
-                except StopIteration:
-                    return mine
-                try:
-                    do(part, mine)
-                except BaseException:
-                    with lock:
-                        left = iter(())
-                    raise
+    def drop(self, timeout_s: float | None = None) -> None:
+        """Begins nothing more of any task, and waits for parts that are under way.
 
-        phases.start()
-        asked = [one.submit(work) for one in self._helpers[: max(0, helpers)]]
-        try:
-            ours = work()
-        finally:
-            # Some may not even have woken up.
-            begun = [future for future in asked if not future.cancel()]
-            futures.wait(begun)
-        phases.join([ours, *(future.result() for future in begun)])
+        What they read and wrote is nobody's then. They are copies within host memory,
+        well below a ms each, and need no limit; where they may wait for a device,
+        ``timeout_s`` is one.
+        """
+        with self._changed:
+            dropped = list(self._tasks)
+            self._tasks.clear()
+            self._changed.wait_for(lambda: not self._busy, timeout_s)
+        for task in dropped:
+            task.done(Dropped())
 
     def close(self) -> None:
-        """Ends the helpers."""
-        for helper in self._helpers:
-            helper.close()
+        """Drops all, and ends the helpers."""
+        self.drop(_CLOSE_S)
+        for worker in self._workers:
+            worker.close()
+
+    def _work(self) -> None:
+        """Does parts until none is left to begin."""
+        mine = Phases()
+        task: Task | None = None
+        failure: Exception | None = None
+        while True:
+            with self._changed:
+                over = [] if task is None else self._end_part(task, failure, mine)
+                task, part = self._take(mine, over)
+            for each in over:
+                each.done(each.failure)
+            if task is None:
+                return
+            try:
+                failure = None
+                task.do(part, mine)
+            except Exception as error:
+                failure = error
+
+    def _take(self, mine: Phases, over: list[Task]) -> tuple[Task | None, Any]:
+        """The next part; adds tasks that turn out to be over. Needs the lock."""
+        mine.start()
+        if not self._busy:
+            self.phases.start()
+        while self._tasks:
+            task = self._tasks[0]
+            try:
+                part = next(task.parts)
+            except StopIteration:
+                self._ends(task, over)
+            except Exception as error:
+                task.failure = task.failure or error
+                self._ends(task, over)
+            else:
+                task.busy += 1
+                self._busy += 1
+                return task, part
+        return None, None
+
+    def _ends(self, task: Task, over: list[Task]) -> None:
+        self._tasks.remove(task)
+        task.all_taken = True
+        if not task.busy:
+            over.append(task)
+
+    def _end_part(
+        self, task: Task, failure: Exception | None, mine: Phases
+    ) -> list[Task]:
+        """Tasks that are over with it. Needs the lock."""
+        over: list[Task] = []
+        task.busy -= 1
+        self._busy -= 1
+        self._laps.add(mine)
+        if not self._busy:
+            self.phases.join(self._laps)
+            self._changed.notify_all()
+        if failure is not None:
+            task.failure = task.failure or failure
+            if task in self._tasks:
+                self._ends(task, over)
+                return over
+        if task.all_taken and not task.busy:
+            over.append(task)
+        return over

@@ -40,7 +40,7 @@ class Outgoing:
     ) -> None:
         self._engine, self._post = engine, post
         self._unpacked, self._broken = unpacked, broken
-        self._crew = Crew("jf.weights.Sender", threads)
+        self._crew = Crew("jf.weights.Sender", helpers=threads - 1)
         self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
         self.staging = Staging(engine, staging, bucket_bytes, self._crew)
         self._turns: collections.deque[Target] = collections.deque()

@@ -22,7 +22,7 @@ from jaxfabric.weights._quantise import quantise
 from jaxfabric.weights._tiles import box_index
 
 # Checksums are of strips: both sides need the same.
-STRIP_BYTES = 512 << 10
+STRIP_BYTES = 1 << 20
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Sequence
 
 
 class Phases:
@@ -34,16 +33,25 @@ class Phases:
         self.wall[phase] += self._wall - wall
         self.core[phase] += self._core - core
 
-    def join(self, threads: Sequence[Phases]) -> None:
-        """What was since `start` belonged to the phases of these threads.
+    def add(self, other: Phases) -> None:
+        """Takes over what another has; that begins at nothing again."""
+        for ours, theirs in ((self.wall, other.wall), (self.core, other.core)):
+            for phase, seconds in theirs.items():
+                ours[phase] += seconds
+            theirs.clear()
 
-        By the clock each phase has the share of it that it has of the threads' own.
+    def join(self, threads: Phases) -> None:
+        """What was since `start` belonged to phases that several threads shared.
+
+        By the clock each gets its share of that; their cores' seconds count in full.
+
+        Args:
+          threads: the sums over the threads, which begin at nothing again.
         """
         took = time.monotonic() - self._wall
-        whole = sum(sum(one.wall.values()) for one in threads)
-        for one in threads:
-            for phase, seconds in one.wall.items():
-                self.wall[phase] += took * seconds / whole if whole else 0.0
-            for phase, seconds in one.core.items():
-                self.core[phase] += seconds
+        whole = sum(threads.wall.values())
+        for phase, seconds in threads.wall.items():
+            self.wall[phase] += took * seconds / whole if whole else 0.0
+        threads.wall.clear()
+        self.add(threads)
         self.start()

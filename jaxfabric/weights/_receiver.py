@@ -176,7 +176,7 @@ class Receiver(Arrivals):
         ``verify_s`` and ``unpack_s`` are seconds of the newest version by the clock,
         ``verify_core_s`` and ``unpack_core_s`` those that its thread ran.
         """
-        phases = self._phases
+        phases = self._crew.phases
         rings = [region.array.nbytes for region in list(self._rings)]
         return {
             "version": self._versions.newest,

@@ -46,11 +46,8 @@ class Staging:
             checksum.add(strip.number, strip.data)
             phases.lap("seal")
 
-        self._crew.each(
-            packing(plan, bucket, job.tile_of, slot[HEADER_BYTES:]),
-            fill,
-            job.push._phases,
-            helpers=helpers_for(bucket),
-        )
+        self._crew.phases = job.push._phases
+        strips = packing(plan, bucket, job.tile_of, slot[HEADER_BYTES:])
+        self._crew.each(strips, fill, helpers_for(bucket))
         seal(slot, checksum)
         return slot
