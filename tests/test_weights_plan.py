@@ -280,14 +280,16 @@ def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
 def test_a_plan_of_another_format_is_refused() -> None:
     """Its ranks would send, and wait for, other parts."""
     layout = tree(mesh(1), leaf("w", (8, 8)))
-    parts = _plan._split(plan(layout, layout).to_bytes())
-    documents = [json.loads(zlib.decompress(part)) for part in parts]
-    for spoil, match in (
-        (documents[2][:2], "its format is 1, and 2 is expected"),
-        ([*documents[2][:2], 3], r"its format is \[3\], and 2 is expected"),
+    data = plan(layout, layout).to_bytes()
+    for spoilt, match in (
+        (data[:7] + b"\x03" + data[8:], "format is 3, and 2 is expected"),
+        (data[8:], "do not begin as one of this version"),
+        (layout.to_bytes(), "do not begin as one of this version"),
+        (data[:7], "do not begin as one of this version"),
+        (data[:-1], "it is cut off"),
     ):
         with pytest.raises(jf.FabricError, match=match):
-            Plan.from_bytes(packed(*documents[:2], spoil))
+            Plan.from_bytes(spoilt)
 
 
 def test_how_a_plan_is_carried_out_belongs_to_its_format() -> None:
@@ -336,7 +338,8 @@ def spoilt(draw: st.DrawFn, value: Any) -> Any:
 def packed(*documents: Any) -> bytes:
     """As `Plan.to_bytes` does it."""
     parts = [zlib.compress(json.dumps(one).encode()) for one in documents]
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    begin = _plan._MAGIC + bytes([_plan._FORMAT])
+    return begin + b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 @given(data=st.data(), flips=st.lists(st.integers(0, 1 << 20), max_size=4))

@@ -33,6 +33,7 @@ from jaxfabric.weights._tiles import tile_shape, tiles_of
 BUCKET_BYTES = 32 << 20
 _BUCKET_BYTES_MIN = 1 << 18  # a row of quantised blocks fits
 _TEXT_BYTES_MAX = 1 << 28
+_MAGIC = b"jf.plan"
 _FORMAT = 2  # also of how a plan is carried out: both jobs must do it alike
 
 
@@ -81,7 +82,6 @@ class Plan:
                     for link in self.links
                 ],
                 self.bucket_bytes,
-                _FORMAT,
             ],
             separators=(",", ":"),
         )
@@ -90,7 +90,10 @@ class Plan:
             self.target.to_bytes(),
             zlib.compress(text.encode(), 6),
         ]
-        return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+        begin = _MAGIC + bytes([_FORMAT])
+        return begin + b"".join(
+            len(part).to_bytes(8, "little") + part for part in parts
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
@@ -98,13 +101,7 @@ class Plan:
         try:
             source, target, text = _split(data)
             inflate = zlib.decompressobj()
-            found = json.loads(inflate.decompress(text, _TEXT_BYTES_MAX))
-            links, bucket_bytes, *form = found
-            if form != [_FORMAT]:
-                raise ValueError(
-                    f"its format is {form or 1}, and {_FORMAT} is expected: use the "
-                    "same jaxfabric on both sides, and make saved plans anew"
-                )
+            links, bucket_bytes = json.loads(inflate.decompress(text, _TEXT_BYTES_MAX))
             read = cls(
                 TreeLayout.from_bytes(source),
                 TreeLayout.from_bytes(target),
@@ -319,6 +316,14 @@ def _readable(nbytes: float) -> str:
 
 
 def _split(data: bytes) -> list[bytes]:
+    begin, data = data[: len(_MAGIC) + 1], data[len(_MAGIC) + 1 :]
+    if begin[:-1] != _MAGIC:
+        raise ValueError("they do not begin as one of this version of jaxfabric does")
+    if begin[-1] != _FORMAT:
+        raise ValueError(
+            f"their format is {begin[-1]}, and {_FORMAT} is expected: use the same "
+            "jaxfabric on both sides, and make saved plans anew"
+        )
     parts = []
     while data:
         length = int.from_bytes(data[:8], "little")
