@@ -479,6 +479,25 @@ def test_an_estimate_is_that_of_the_busiest_rank() -> None:
     assert found.pack_s == pytest.approx(2 * 2 * MIB / 8e9)
     assert found.unpack_s == pytest.approx(2 * MIB / 8e9)
     assert found.total_s == found.link_s
+    assert found.quantised == found.quantise_s == 0
+
+
+def test_an_estimate_counts_what_is_quantised() -> None:
+    """For each of the ranks that need it, and no more than that."""
+    source = tree(mesh(2), leaf("v", (1024, 1024), "a"), leaf("w", (1024, 1024), "a"))
+    target = tree(
+        mesh(2),
+        leaf("v", (1024, 1024)),
+        leaf("w", (1024, 1024), dtype="float8_e4m3fn"),
+        leaf("w_s", (8, 8)),
+    )
+    made = plan(source, target, scales="{}_s")
+    assert made.loads(quantised=True) == dict.fromkeys(made.loads(), MIB // 2)
+    found = estimate(made, Rates(memory=8e9, quantise=1e8))
+    assert (found.sent, found.quantised) == (5 * MIB, MIB)
+    assert found.quantise_s == pytest.approx(MIB / 1e8)
+    assert found.pack_s == pytest.approx(2 * 5 * MIB / 8e9 + MIB / 1e8)
+    assert found.total_s == found.pack_s
 
 
 def test_buckets_shrink_with_what_ranks_share_and_with_their_number() -> None:

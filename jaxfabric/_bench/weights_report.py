@@ -232,6 +232,7 @@ def plan_only() -> str:
     stages = {
         "copies from the device": cost.copy_s,
         "packing, quantisation, checksums": cost.pack_s,
+        "  of which quantisation": cost.quantise_s,
         "the busiest link": cost.link_s,
         "checking and unpacking": cost.unpack_s,
     }

@@ -16,12 +16,14 @@ class Rates(NamedTuple):
       write_s: seconds that the engine takes for a write.
       device_to_host: bytes/s of copies from devices.
       memory: bytes/s of copies in host memory, read and write counted once.
+      quantise: bytes/s of e4m3 that a rank makes, with all threads that pack.
     """
 
     link: float = 50e9  # 400 Gbit/s
     write_s: float = 2e-6
     device_to_host: float = 50e9
     memory: float = 20e9
+    quantise: float = 0.4e9  # four threads, each as fast as one was measured
 
 
 class Estimate(NamedTuple):
@@ -33,9 +35,11 @@ class Estimate(NamedTuple):
     Attributes:
       sent, received: bytes of the busiest rank on either side.
       nbytes: of all ranks together.
+      quantised: bytes of e4m3 that the busiest rank makes; for each receiver anew.
       writes: of the busiest source rank.
       copy_s: its copies from devices: its part of the tree.
-      pack_s: it packs what it sends, and computes checksums.
+      quantise_s: it quantises, which is a part of packing.
+      pack_s: it packs what it sends, quantises, and computes checksums.
       link_s: the busiest link of either side, and the writes' own cost.
       unpack_s: the busiest target rank checks and unpacks what it receives.
     """
@@ -43,8 +47,10 @@ class Estimate(NamedTuple):
     sent: int
     received: int
     nbytes: int
+    quantised: int
     writes: int
     copy_s: float
+    quantise_s: float
     pack_s: float
     link_s: float
     unpack_s: float
@@ -78,8 +84,11 @@ def estimate(plan: Plan, rates: Rates | None = None) -> Estimate:
         received[target] += nbytes
         size = bucket_size(nbytes, plan.bucket_bytes, len(plan.source.ranks))
         writes[source] += -(-nbytes // size)
-    busiest = max(sent, key=sent.__getitem__)
-    most_sent, most_received = sent[busiest], max(received.values())
+    quantised = dict.fromkeys(plan.source.ranks, 0)
+    for (source, _), nbytes in plan.loads(quantised=True).items():
+        quantised[source] += nbytes
+    most_sent, most_received = max(sent.values()), max(received.values())
+    most_quantised = max(quantised.values())
     most_writes = max(writes.values())
     held = plan.source.nbytes / len(plan.source.ranks)
     link_s = max(most_sent, most_received) / rates.link
@@ -87,9 +96,14 @@ def estimate(plan: Plan, rates: Rates | None = None) -> Estimate:
         most_sent,
         most_received,
         sum(sent.values()),
+        most_quantised,
         most_writes,
         copy_s=held / rates.device_to_host,
-        pack_s=2 * most_sent / rates.memory,
+        quantise_s=most_quantised / rates.quantise,
+        pack_s=max(
+            2 * sent[rank] / rates.memory + quantised[rank] / rates.quantise
+            for rank in sent
+        ),
         link_s=link_s + most_writes * rates.write_s,
         unpack_s=2 * most_received / rates.memory,
     )

@@ -209,12 +209,20 @@ class Plan:
                 f"{target.name}, whose scales it takes"
             )
 
-    def loads(self) -> dict[tuple[int, int], int]:
+    def loads(self, *, quantised: bool = False) -> dict[tuple[int, int], int]:
         """Bytes from each source rank to each target rank, scales left out.
 
         Pairs that have nothing to do with each other are absent.
+
+        Args:
+          quantised: only of what is quantised on its way.
         """
-        return loads_of(self._copies, self.source, self.target)
+        chosen = [
+            copies
+            for copies in self._copies
+            if not quantised or self.links[int(copies.links[0])].scales >= 0
+        ]
+        return loads_of(chosen, self.source, self.target)
 
     def summary(self) -> str:
         """What it does, in words.
