@@ -11,9 +11,11 @@ JAXFABRIC_VERBS              (good ones)    options of the transport verbs, see
                                             docs/operators.md: "gid_index=3"
 JAXFABRIC_TIMEOUT_S          30             time limit of operations, seconds
 JAXFABRIC_MAILBOX_BYTES      268435456      largest message between two ranks, bytes;
-                                            costs memory only as far as it is used
+                                            costs memory only as far as it is used, on
+                                            GPUs four times itself for each peer
 JAXFABRIC_WINDOW_BYTES       1073741824     memory for all windows of a Fabric, bytes;
-                                            costs memory only as far as it is used
+                                            costs memory only as far as it is used, on
+                                            GPUs all of it
 JAXFABRIC_SPIN_S             0.000005       how long a worker looks again before it
                                             sleeps, seconds
 ============================ ============== ===========================================
@@ -23,9 +25,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import os
 from collections.abc import Iterator
 from typing import Any
+
+from jaxfabric._time_limit import checked_limit
+
+
+_PREFIX = "JAXFABRIC_"
+# Of a process's addresses; multiples of sizes below it do not wrap around.
+_BYTES_END = 1 << 47
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Settings:
 def _from_environment() -> Settings:
     settings = Settings()
     for field in dataclasses.fields(Settings):
-        variable = f"JAXFABRIC_{field.name.upper()}"
+        variable = f"{_PREFIX}{field.name.upper()}"
         text = os.environ.get(variable)
         if text:
             settings = _replace(settings, variable, field.name, text)
@@ -62,6 +72,29 @@ _KINDS: dict[str, type] = {
 }
 
 
+def checked_bytes(source: str, value: int) -> int:
+    """The size, if it is one; raises ValueError that names ``source``."""
+    if not 0 <= value < _BYTES_END:
+        raise ValueError(
+            f"{source}={value}: must not be negative, and below {_BYTES_END}"
+        )
+    return value
+
+
+def misspelt_variables() -> dict[str, str]:
+    """Variables that nobody reads, each with the one that it is nearly called."""
+    names = [field.name.upper() for field in dataclasses.fields(Settings)]
+    found = {}
+    for variable in sorted(os.environ):
+        if not variable.startswith(_PREFIX):
+            continue
+        name = variable.removeprefix(_PREFIX)
+        likely = difflib.get_close_matches(name, names, 1, cutoff=0.65)
+        if likely and name not in names:
+            found[variable] = _PREFIX + likely[0]
+    return found
+
+
 def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings:
     kind = _KINDS.get(name, int)
     try:
@@ -71,8 +104,12 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
             f"{source}={value!r}: expected {kind.__name__}, as in the table of "
             "jaxfabric._config"
         ) from None
-    if converted is not None and kind is not str and not converted >= 0:
+    if kind is float and not converted >= 0:
         raise ValueError(f"{source}={value!r}: must not be negative")
+    if name == "timeout_s":
+        converted = checked_limit(source, converted)
+    if kind is int:
+        checked_bytes(source, converted)
     changed: dict[str, Any] = {name: converted}
     return dataclasses.replace(settings, **changed)
 

@@ -8,12 +8,13 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxfabric import _ffi
+from jaxfabric import _config, _ffi, _mesh
 from jaxfabric._config import (
     POOL_THREADS_MIN,
     THREADS_PER_DEVICE,
@@ -68,7 +69,7 @@ def examine(root: pathlib.Path = pathlib.Path("/")) -> list[Check]:
     """
     needed = [_native_module(), _settings()]
     checks = [_python(), _jax(), *needed]
-    if all(check.verdict is Verdict.PASS for check in needed):
+    if all(check.verdict is not Verdict.FAIL for check in needed):
         checks += _transports()
     checks += [_xla_pool(), _shared_memory(), _locked_memory(), _ptrace(root)]
     checks += [*_nics(root), _numa(root)]
@@ -202,9 +203,21 @@ def _ptrace(root: pathlib.Path) -> Check:
 def _settings() -> Check:
     try:
         values = dataclasses.asdict(config.settings)
+        _mesh.transport_options("verbs", None)
     except ValueError as error:
-        name = str(error).partition("=")[0]
+        name = re.split("[=:]", str(error))[0]
         return Check("settings", Verdict.FAIL, str(error), fix=f"unset {name}")
+    transport = values["transport"]
+    if transport is not None and transport not in _mesh.TRANSPORTS:
+        return Check(
+            *("settings", Verdict.FAIL, f"there is no transport={transport}"),
+            fix=f"JAXFABRIC_TRANSPORT is one of {', '.join(_mesh.TRANSPORTS)}",
+        )
+    if misspelt := _config.misspelt_variables():
+        return Check(
+            *("settings", Verdict.WARN, f"nobody reads {', '.join(misspelt)}"),
+            fix=", ".join(f"did you mean {name}?" for name in misspelt.values()),
+        )
     shown = [f"{key}={value}" for key, value in values.items() if value is not None]
     return Check("settings", Verdict.PASS, ", ".join(shown))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import pathlib
 import secrets
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxfabric import _cuda, _current, _ffi
-from jaxfabric._config import config
+from jaxfabric._config import checked_bytes, config
 from jaxfabric._errors import (
     FabricError,
     PlanMismatchError,
@@ -121,9 +122,13 @@ class Fabric:
         self._rendezvous = Rendezvous(
             f"jaxfabric/{self.key:016x}/{generation}", self._processes, self.timeout_s
         )
+        if mailbox_bytes is None:
+            mailbox_bytes = settings.mailbox_bytes
+        if window_bytes is None:
+            window_bytes = settings.window_bytes
         sizes = (
-            settings.mailbox_bytes if mailbox_bytes is None else int(mailbox_bytes),
-            settings.window_bytes if window_bytes is None else int(window_bytes),
+            checked_bytes("jf.Fabric: mailbox_bytes", operator.index(mailbox_bytes)),
+            checked_bytes("jf.Fabric: window_bytes", operator.index(window_bytes)),
         )
         self._native: Any = None
         try:

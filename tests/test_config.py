@@ -50,9 +50,16 @@ def test_variables_are_read_once_at_the_first_use(
         ("TIMEOUT_S", "-1", "JAXFABRIC_TIMEOUT_S='-1': must not be negative"),
         ("MAILBOX_BYTES", "1.5", "JAXFABRIC_MAILBOX_BYTES='1.5': expected int"),
         ("MAILBOX_BYTES", "256M", "JAXFABRIC_MAILBOX_BYTES='256M': expected int"),
-        ("WINDOW_BYTES", "-8", "JAXFABRIC_WINDOW_BYTES='-8': must not be negative"),
+        ("WINDOW_BYTES", "-8", "JAXFABRIC_WINDOW_BYTES=-8: must not be negative"),
         ("SPIN_S", "x", "JAXFABRIC_SPIN_S='x': expected float"),
         ("TIMEOUT_S", "nan", "JAXFABRIC_TIMEOUT_S='nan'"),
+        ("TIMEOUT_S", "inf", "JAXFABRIC_TIMEOUT_S: timeout_s=inf must be above 0"),
+        ("TIMEOUT_S", "0", "JAXFABRIC_TIMEOUT_S: timeout_s=0.0 must be above 0"),
+        (
+            "WINDOW_BYTES",
+            str(1 << 60),
+            "JAXFABRIC_WINDOW_BYTES=1152.* and below 140737488355328",
+        ),
     ],
 )
 def test_bad_values_name_their_variable(
@@ -61,6 +68,15 @@ def test_bad_values_name_their_variable(
     monkeypatch.setenv(f"JAXFABRIC_{variable}", value)
     with pytest.raises(ValueError, match=message):
         _ = _config.Config().settings
+
+
+def test_variables_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TIMEOUT", "NIC", "TIMEOUT_S", "TEST_SEED", "BUILD_CUDA"):
+        monkeypatch.setenv(f"JAXFABRIC_{name}", "3")
+    assert _config.misspelt_variables() == {
+        "JAXFABRIC_NIC": "JAXFABRIC_NICS",
+        "JAXFABRIC_TIMEOUT": "JAXFABRIC_TIMEOUT_S",
+    }
 
 
 def test_update_and_with() -> None:

@@ -15,6 +15,7 @@ from jaxfabric import _doctor, _ffi
 from jaxfabric._config import config
 from jaxfabric._doctor import Verdict
 from jaxfabric._errors import FabricError
+from jaxfabric._mesh import TRANSPORTS
 
 
 def found(root: pathlib.Path) -> dict[str, _doctor.Check]:
@@ -109,14 +110,32 @@ def test_a_native_module_that_does_not_load(
     assert "transport shm" not in checks
 
 
-def test_a_setting_that_cannot_be_read(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+@pytest.mark.parametrize(
+    ("name", "value", "verdict", "fix"),
+    [
+        ("TIMEOUT_S", "soon", Verdict.FAIL, "unset JAXFABRIC_TIMEOUT_S"),
+        ("TIMEOUT_S", "inf", Verdict.FAIL, "unset JAXFABRIC_TIMEOUT_S"),
+        ("VERBS", "gid_index=x", Verdict.FAIL, "unset JAXFABRIC_VERBS"),
+        (
+            *("TRANSPORT", "bogus", Verdict.FAIL),
+            f"JAXFABRIC_TRANSPORT is one of {', '.join(TRANSPORTS)}",
+        ),
+        ("TIMEOUT", "3", Verdict.WARN, "did you mean JAXFABRIC_TIMEOUT_S?"),
+    ],
+)
+def test_settings_that_nothing_accepts(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    name: str,
+    value: str,
+    verdict: Verdict,
+    fix: str,
 ) -> None:
-    monkeypatch.setenv("JAXFABRIC_TIMEOUT_S", "soon")
+    monkeypatch.setenv(f"JAXFABRIC_{name}", value)
     monkeypatch.setattr(config, "_settings", None)
     check = found(tmp_path)["settings"]
-    assert check.verdict is Verdict.FAIL
-    assert check.fix == "unset JAXFABRIC_TIMEOUT_S"
+    assert check.verdict is verdict
+    assert check.fix == fix
 
 
 def transport_checks(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +93,39 @@ def test_both_ranks_learn_the_same(report: dict[str, Any]) -> None:
     ours, theirs = (report[f"trainer{rank}"]["steps"] for rank in (0, 1))
     assert [step["loss"] for step in ours] == [step["loss"] for step in theirs]
     assert np.isfinite([step["loss"] for step in ours]).all()
+
+
+def of_the_run(mark: str) -> list[int]:
+    """Processes that have inherited a variable with this value."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RL_EXAMPLE={mark}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it is gone, or not ours
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whoever_ends_it_ends_its_jobs(number: signal.Signals) -> None:
+    mark = secrets.token_hex(8)
+    run = subprocess.Popen(
+        [sys.executable, str(SCRIPT)],
+        env={**os.environ, "RL_EXAMPLE": mark},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 60
+    while len(of_the_run(mark)) < 5:  # main.py, the sampler, the launcher and 2 ranks
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    run.send_signal(number)
+    run.wait(30)
+    until = time.monotonic() + 12  # by themselves they would go on for longer
+    while left := of_the_run(mark):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ It ends with exit code 1 unless the reward has risen from beginning to end.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import pathlib
@@ -85,7 +86,20 @@ def start(name: str, folder: pathlib.Path, options: argparse.Namespace) -> Any:
     # Each job has its own number of devices, and its own process group.
     python = ["env", "-u", "XLA_FLAGS", sys.executable]
     script = [*(launcher if ranks > 1 else []), str(HERE / f"{name}.py")]
-    return subprocess.Popen([*python, *script, *rest], start_new_session=True)
+    return subprocess.Popen(
+        [*python, *script, *rest], start_new_session=True, preexec_fn=end_with_parent
+    )
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to end this process with its parent, however that ends."""
+    prctl_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGTERM)
+
+
+def end(*_: Any) -> None:
+    """SIGTERM ends it as an error does: with its jobs."""
+    raise SystemExit("ended by SIGTERM")
 
 
 def kill(name: str, process: Any, folder: pathlib.Path) -> None:
@@ -159,6 +173,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def main() -> None:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, end)
     begin = time.monotonic()
     saved = options.checkpoints
     from_begin = saved is None or not saved.is_dir() or not any(saved.iterdir())
