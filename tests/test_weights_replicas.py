@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_weights_plan import assert_arrived, carried_out, leaf, tree
-from weights_cases import mesh, two_layouts, whole_arrays
+from transfer_cases import PATIENCE_S
+from weights_cases import assert_tiles, jobs, mesh, two_layouts, whole_arrays
 
 from jaxfabric.weights import LeafLayout, MeshLayout, Plan, TreeLayout, _copies, plan
 from jaxfabric.weights._quantise import quantise
@@ -152,6 +153,22 @@ def test_blocks_that_are_shared_stay_whole(monkeypatch: pytest.MonkeyPatch) -> N
     made = plan(source, target, scales="{}_s")
     assert_arrived(made, {"w": payload, "w_s": scales}, carried_out(made, arrays))
     assert min(sent(made).values()) > 0
+
+
+def test_replicas_push_their_shares() -> None:
+    """Two of them, each about half of a leaf; all of it arrives."""
+    leaves = (leaf("a", (64,)), leaf("w", (3072, 1024)))
+    source, target = tree(mesh(2), *leaves), tree(mesh(1), *leaves)
+    arrays = whole_arrays(source)
+    with jobs("shm", source, target) as both:
+        pushes = both.push(arrays, 1)
+        for push in pushes:
+            push.wait(PATIENCE_S)
+        for taken in both.take(1).values():
+            assert_tiles(target, arrays, taken.params)
+        sizes = [push.progress()[1] for push in pushes]
+    assert sum(sizes) >= target.nbytes
+    assert max(sizes) - min(sizes) <= PART
 
 
 def test_many_leaves_of_replicas_are_planned_in_seconds() -> None:
