@@ -34,6 +34,16 @@ def nearest_nics(
     transport: str, libfabric: str, cores: Sequence[int], gpus: Sequence[str]
 ) -> list[str]: ...
 
+def quantise_blocks(
+    dtype: str,
+    values: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    payload: int,
+    scales: int,
+) -> None:
+    """Addresses, and strides in bytes; see jaxfabric.weights._quantise."""
+
 class NativeFabric:
     """The local ranks of one Fabric."""
 

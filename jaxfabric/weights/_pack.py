@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jaxfabric.weights._buckets import BLOCK, Bucket, Move, scale_shape
 from jaxfabric.weights._match import view
 from jaxfabric.weights._plan import Plan
-from jaxfabric.weights._quantise import quantise
+from jaxfabric.weights._quantise import quantise_into
 from jaxfabric.weights._tiles import box_index
 
 # Checksums are of strips: both sides need the same.
@@ -70,7 +70,7 @@ def packing(plan: Plan, bucket: Bucket, tile_of: Tile, out: Bytes) -> Iterator[S
             return lambda at, _: functools.partial(_copy, payload[at], values[at])
         scales = _scales(out, move)
         return lambda at, block: functools.partial(
-            _quantise, payload[at], scales[block], values[at]
+            quantise_into, values[at], payload[at], scales[block]
         )
 
     return _strips(plan, bucket, out, works)
@@ -190,10 +190,6 @@ def _copy(place: Array, values: Array) -> None:
 def _copy_all(pairs: Sequence[tuple[Array, Array]]) -> None:
     for place, values in pairs:
         _copy(place, values)
-
-
-def _quantise(payload: Array, scales: Array, values: Array) -> None:
-    payload[...], scales[...] = quantise(values)
 
 
 def _part_of(tile: Array, start: tuple[int, ...], shape: tuple[int, ...]) -> Array:

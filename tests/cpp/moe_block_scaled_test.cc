@@ -10,6 +10,7 @@
 #include "moe/block_scaled.h"
 #include "moe/place.h"
 #include "moe/unpack.h"
+#include "tests/cpp/moe_e4m3_values.h"
 #include "tests/cpp/moe_oracle.h"
 #include "tests/cpp/moe_row_values.h"
 
@@ -25,27 +26,6 @@ std::vector<Isa> SupportedIsas() {
     if (IsaSupported(isa)) found.push_back(isa);
   }
   return found;
-}
-
-// The value of an e4m3fn code, by the definition of the format.
-double ValueOf(uint32_t code) {
-  const double sign = code & 0x80 ? -1.0 : 1.0;
-  const int exponent = (code & 0x7f) >> 3;
-  const int mantissa = static_cast<int>(code & 7);
-  if ((code & 0x7f) == 0x7f) return kNan;
-  if (exponent == 0) return sign * std::ldexp(mantissa, -9);
-  return sign * std::ldexp(mantissa + 8, exponent - 10);
-}
-
-// The code nearest to `value`, even if two are.
-uint8_t CodeOf(float value) {
-  uint8_t best = 0;
-  for (uint8_t code = 0; code < 0x7f; ++code) {
-    const double far = std::fabs(ValueOf(code) - std::fabs(value));
-    const double least = std::fabs(ValueOf(best) - std::fabs(value));
-    if (far < least || (far == least && code % 2 == 0)) best = code;
-  }
-  return best | (std::signbit(value) ? 0x80 : 0);
 }
 
 float ElementAt(RowType type, const Bytes& row, int64_t i) {
@@ -103,7 +83,7 @@ Bytes WantScaled(const ScaledRows& rows, const Bytes& row) {
     std::memcpy(want.data() + rows.scales_offset() + block * 4, &scale, 4);
     for (int64_t i = begin; i < end; ++i) {
       const float scaled = ElementAt(rows.type, row, i) * (448.0f / amax);
-      want[i] = std::byte(finite ? CodeOf(scaled) : uint8_t{0x7f});
+      want[i] = std::byte(finite ? E4m3CodeOf(scaled) : uint8_t{0x7f});
     }
   }
   return want;
@@ -136,8 +116,8 @@ TEST(BlockScaled, RoundsToNearestEven) {
   // With 448 as the largest, elements are scaled by one.
   std::vector<float> values;
   for (uint32_t code = 0; code < 0x7e; ++code) {
-    const auto low = static_cast<float>(ValueOf(code));
-    const float middle = (low + static_cast<float>(ValueOf(code + 1))) / 2;
+    const auto low = static_cast<float>(E4m3ValueOf(code));
+    const float middle = (low + static_cast<float>(E4m3ValueOf(code + 1))) / 2;
     for (const float value : {low, middle, std::nextafter(middle, 0.0f),
                               std::nextafter(middle, 1e9f)}) {
       values.push_back(value);
@@ -155,7 +135,7 @@ TEST(BlockScaled, RoundsToNearestEven) {
       ScaleRowWith(isa, rows, reinterpret_cast<const std::byte*>(block.data()),
                    out.data());
       for (size_t i = 0; i < count; ++i) {
-        ASSERT_EQ(static_cast<uint8_t>(out[i]), CodeOf(block[i]))
+        ASSERT_EQ(static_cast<uint8_t>(out[i]), E4m3CodeOf(block[i]))
             << std::hexfloat << block[i] << " isa " << static_cast<int>(isa);
       }
     }
@@ -175,7 +155,7 @@ TEST(BlockScaled, EveryCodeComesBack) {
         Bytes row(256 * ElementBytes(type), kGarbage);
         UnscaleRowWith(isa, rows, scaled.data(), row.data());
         for (int code = 0; code < 256; ++code) {
-          const float want = static_cast<float>(ValueOf(code)) * scale;
+          const float want = static_cast<float>(E4m3ValueOf(code)) * scale;
           const float got = ElementAt(type, row, code);
           if (std::isnan(want)) {
             ASSERT_TRUE(std::isnan(got)) << code;

@@ -1,83 +1,20 @@
 #include "moe/block_scaled.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "base/check.h"
-#include "moe/float_formats.h"
+#include "moe/block_kernel.h"
 #include "moe/unpack.h"
 
 namespace jaxfabric::moe {
 namespace {
 
-constexpr float kAmaxMin = 0x1p-100f;
-
-struct F32 {
-  using Element = uint32_t;
-  JF_KERNEL static float Widen(Element element) {
-    return std::bit_cast<float>(element);
-  }
-  JF_KERNEL static Element Round(float value) {
-    return std::bit_cast<uint32_t>(value);
-  }
-};
-
-struct Bf16 {
-  using Element = uint16_t;
-  JF_KERNEL static float Widen(Element element) {
-    return std::bit_cast<float>(uint32_t{element} << 16);
-  }
-  JF_KERNEL static Element Round(float value) {
-    return static_cast<Element>(RoundToUpperHalf(value) >> 16);
-  }
-};
-
-struct F16 {
-  using Element = uint16_t;
-  JF_KERNEL static float Widen(Element element) { return WidenHalf(element); }
-  JF_KERNEL static Element Round(float value) {
-    return static_cast<Element>(RoundToHalf(value));
-  }
-};
-
-// Rows may begin anywhere.
-template <typename Element>
-struct [[gnu::packed, gnu::may_alias]] Unaligned {
-  Element element;
-};
-
-template <typename Format>
-JF_KERNEL float ScaleBlock(const Unaligned<typename Format::Element>* in,
-                           int64_t count, uint8_t* payload) {
-  float values[kScaleBlock];
-  uint32_t largest = 0;  // magnitudes of floats order as their bits do
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = Format::Widen(in[i].element);
-    largest =
-        std::max(largest, std::bit_cast<uint32_t>(values[i]) & 0x7fffffff);
-  }
-  if (largest >= kFloatInfinity) {
-    std::memset(payload, kE4m3Nan, count);
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  const float amax = std::max(std::bit_cast<float>(largest), kAmaxMin);
-  const float reciprocal = kE4m3Largest / amax;
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    payload[i] = static_cast<uint8_t>(RoundToE4m3(values[i] * reciprocal));
-  }
-  return amax * (1 / kE4m3Largest);
-}
-
 template <typename Format>
 JF_KERNEL void ScaleFormat(const ScaledRows& rows, const std::byte* row,
                            std::byte* scaled) {
-  using Element = Unaligned<typename Format::Element>;
-  const auto* in = reinterpret_cast<const Element*>(row);
+  constexpr int64_t kBytes = sizeof(typename Format::Element);
   auto* payload = reinterpret_cast<uint8_t*>(scaled);
   std::byte* scale_out = scaled + rows.scales_offset();
   std::fill(payload + rows.hidden, payload + rows.scales_offset(), uint8_t{0});
@@ -86,8 +23,10 @@ JF_KERNEL void ScaleFormat(const ScaledRows& rows, const std::byte* row,
     // A constant count is what vectorises best.
     const float scale =
         left >= kScaleBlock
-            ? ScaleBlock<Format>(in + begin, kScaleBlock, payload + begin)
-            : ScaleBlock<Format>(in + begin, left, payload + begin);
+            ? ScaleBlock<Format>({.columns = kScaleBlock}, row + begin * kBytes,
+                                 payload + begin)
+            : ScaleBlock<Format>({.columns = left}, row + begin * kBytes,
+                                 payload + begin);
     std::memcpy(scale_out, &scale, sizeof(scale));
     scale_out += sizeof(scale);
   }

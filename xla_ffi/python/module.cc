@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "handlers/handlers.h"
+#include "python/block_quantise_py.h"
 #include "python/fabric_py.h"
 #include "python/page_pool_py.h"
 #include "python/transfer_engine_py.h"
@@ -48,4 +49,5 @@ NB_MODULE(_native, m) {
   jaxfabric::RegisterFabric(m);
   jaxfabric::RegisterTransferEngine(m);
   jaxfabric::RegisterPagePool(m);
+  jaxfabric::RegisterBlockQuantise(m);
 }
