@@ -64,6 +64,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for words in (
         "over shm",
         "push, whole",
+        "push, span",
         "memory-traffic floor",
         "phases, ms",
         "phases, core ms of all ranks",
@@ -78,12 +79,15 @@ def test_every_subject_is_verified_and_timed(measured: dict[str, Any]) -> None:
     (found,) = measured["results"]
     assert not found["failed"]
     assert len(found["floors"]) == 2
+    for floors in found["floors"]:
+        assert 0 < floors["wire_transfer_s"] <= floors["wire_s"]
     assert set(found["rounds"]) == set(weights.SUBJECTS)
     for rounds in found["rounds"].values():
         assert len(rounds) == 2
         assert all(each["seconds"] > 0 for each in rounds)
     for push in found["rounds"]["push"]:
-        assert 0 < push["transfer_s"] <= push["total_s"] <= push["seconds"]
+        assert 0 < push["transfer_s"] <= push["span_s"]
+        assert push["span_s"] <= push["total_s"] <= push["seconds"]
         assert push["writes"] >= 2
         core = {
             name: push["core"][name] for name in push["core"] if "of it" not in name

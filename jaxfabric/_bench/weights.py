@@ -249,16 +249,19 @@ def _peaks(ranks: Ranks) -> list[dict[str, Any]]:
 def _floors(ranks: Ranks) -> dict[str, float]:
     """The machine now: bytes/s of all ranks together, seconds of the bare writes.
 
-    With ``_core``: for each second of a core, and in seconds of cores.
+    Of the writes until all have come, and as a push counts its transfer phase. With
+    ``_core``: for each second of a core, and in seconds of cores.
     """
     memory = ranks.ask(ranks.all, "memory")
     wire_s, said, heard = ranks.together({"do": "wire"}, {"do": "wire"})
+    transfer_s = max(answer["transfer_s"] for answer in said)
     return {
         "copy": sum(found["copy"] for found in memory),
         "hash": sum(found["hash"] for found in memory),
         "copy_core": statistics.mean(found["copy_core"] for found in memory),
         "hash_core": statistics.mean(found["hash_core"] for found in memory),
         "wire_s": wire_s,
+        "wire_transfer_s": transfer_s,
         "wire_core_s": _cores(said, heard),
     }
 
@@ -279,7 +282,7 @@ def _push(ranks: Ranks, number: int) -> dict[str, Any]:
         {"do": "push", **request}, {"do": "take", **request}
     )
     found: dict[str, Any] = {"seconds": seconds, "core_s": _cores(said, heard)}
-    for phase in ("wait", "pack", "seal", "transfer", "total"):
+    for phase in ("wait", "pack", "seal", "transfer", "span", "total"):
         found[f"{phase}_s"] = max(stats[f"{phase}_s"] for stats in said)
     receipts = [receipt for stats in said for receipt in stats["receipts"]]
     for phase in ("verify", "unpack"):

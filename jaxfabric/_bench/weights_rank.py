@@ -21,6 +21,7 @@ import xxhash
 import jaxfabric as jf
 from jaxfabric._bench import weights_model
 from jaxfabric._bench.weights_others import Gather, Pull
+from jaxfabric.weights._push import covered
 from jaxfabric.weights._tiles import (
     TilesByKey,
     aligned_copy,
@@ -200,22 +201,31 @@ class Trainer(Rank):
             for target, buckets in sends.items()
             for bucket in buckets[number : number + 1]
         ]
-        under_way: list[Any] = []
+        under_way: list[tuple[float, Any]] = []
+        intervals: list[tuple[float, float]] = []
+
+        def end_first() -> None:
+            begin, future = under_way.pop(0)
+            future.result()
+            intervals.append((begin, time.monotonic()))
+
         for turn, (target, number, nbytes) in enumerate(turns):
             if len(under_way) == _STAGING:
-                under_way.pop(0).result()
+                end_first()
             slot = self.rank * _SLOTS + number % _SLOTS
-            under_way.append(
-                self.raw.submit_single_write(
-                    self._outgoing.array[turn % _STAGING, :nbytes],
-                    self._memories[target],
-                    _WIRE_ID,
-                    target_offset=slot * self.plan.bucket_bytes,
-                )
+            begin = time.monotonic()
+            future = self.raw.submit_single_write(
+                self._outgoing.array[turn % _STAGING, :nbytes],
+                self._memories[target],
+                _WIRE_ID,
+                target_offset=slot * self.plan.bucket_bytes,
             )
-        for future in under_way:
-            future.result()
-        return {}
+            under_way.append((begin, future))
+            if future.done():  # it was the call
+                end_first()
+        while under_way:
+            end_first()
+        return {"transfer_s": covered(intervals)}
 
 
 class Sampler(Rank):

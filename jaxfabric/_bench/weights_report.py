@@ -14,7 +14,10 @@ import rich.text
 
 _COLUMNS = 120  # of files and pipes; a terminal is asked
 _MIB, _GIB = 1 << 20, 1 << 30
-_PHASES = ("wait", "pack", "seal", "transfer", "total", "verify", "unpack", "take")
+_PHASES = (
+    *("wait", "pack", "seal", "transfer", "span"),
+    *("total", "verify", "unpack", "take"),
+)
 # Passes over the bytes of a push. Over shared memory the write itself is one.
 _COPIES = {"pack": 1, "unpack": 1, "take": 1}
 _HASHES = 2
@@ -27,10 +30,13 @@ the push's own writes by the same engine, between as many buffers, and nothing e
 until all have come. Of wire: how near a time comes to that; core: seconds that the
 cores of all ranks worked.
 p99 is the longest of fewer than 100 rounds. Phases are of the slowest rank, and
-overlap; the transfer phase is from the leave to write until the last write's end at
-its source, and in core seconds all that no other phase is: where writes are work of
-the cores, as over shm, only that compares with the wire, since the other phases want
-the same cores meanwhile. The memory-traffic floor is pack, unpack and take (a copy
+overlap. The transfer phase is the time in which at least one write of a rank is under
+way, from the call to its end at its source; of wire, it is compared with that of the
+bare writes. The span is from the leave to write until the last write's end: it has in
+it what writes wait for, buckets that are not packed yet, and slots that receivers have
+not emptied. In core seconds transfer is all that no other phase is. Where several
+threads pack or unpack, a phase is its share of the time in which any of them does.
+The memory-traffic floor is pack, unpack and take (a copy
 each; one more for the write over shm), and two checksums, at the rates that all ranks
 together copied and hashed just before. Gather and broadcast has neither checksums nor
 versions; JAX's transfers go through loopback sockets, whatever the transport. Grew:
@@ -63,11 +69,15 @@ def show(result: dict[str, Any]) -> None:
 
 
 class Row(NamedTuple):
-    """A line of the table: what it is, and its seconds in each round."""
+    """A line of the table: what it is, and its seconds in each round.
+
+    ``wire``: what it is compared with by the clock, if not with the first line.
+    """
 
     name: str
     wall: list[float]
     core: list[float] | None
+    wire: list[float] | None = None
 
 
 def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[Row]:
@@ -94,8 +104,12 @@ def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[Row]:
     pushes = found["rounds"].get("push", [])
     if pushes:
         core = [push["core"]["transfer"] for push in pushes]
+        writes = [floor["wire_transfer_s"] for floor in floors]
+        transfers = [push["transfer_s"] for push in pushes]
         rows += [
-            Row("push, transfer phase", [p["transfer_s"] for p in pushes], core),
+            Row("wire, transfer phase", writes, None),
+            Row("push, transfer phase", transfers, core, writes),
+            Row("push, span", [push["span_s"] for push in pushes], None),
             Row("push, until received", [p["total_s"] for p in pushes], None),
         ]
     for name, rounds in found["rounds"].items():
@@ -153,7 +167,7 @@ def _table(result: dict[str, Any], found: dict[str, Any]) -> rich.table.Table:
             f"{middle:.3f}",
             f"{quantile(row.wall, 0.99):.3f}",
             f"{result['nbytes'] / _GIB / middle:.2f}",
-            _share(wire.wall, row.wall),
+            _share(row.wire or wire.wall, row.wall),
             *cores,
             style="bold" if row.name.startswith("push") else "",
         )

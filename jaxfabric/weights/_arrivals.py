@@ -330,7 +330,7 @@ class Arrivals:
             self._drop(source.peer, error)
         elif fields["version"] == source.offered:
             source.offered = 0
-            self._abandon(error)
+            self._abandon(error, dropped=fields["dropped"])
 
     def _drop(self, peer: int, error: FabricError) -> None:
         source = self._sources.pop(peer, None)
@@ -357,24 +357,28 @@ class Arrivals:
                 self.engine.unregister_memory(source.ring, _RETIRE_S)
                 self._rings.remove(source.ring)
 
-    def _abandon(self, error: FabricError, *, stays: bool = False) -> None:
-        """Gives up the version that is being filled."""
+    def _abandon(
+        self, error: FabricError, *, stays: bool = False, dropped: int = 0
+    ) -> None:
+        """Gives up the version that is being filled; 1: since its trainer has."""
         version = self._versions.filling
         self._versions.fail(error, stays=stays)
         if version:
-            self._refuse(version, str(error))
+            self._refuse(version, str(error), dropped)
 
-    def _refuse(self, version: int, why: str) -> None:
+    def _refuse(self, version: int, why: str, dropped: int = 0) -> None:
         """Tells all who offer a version that it will not come about."""
         for source in self._sources.values():
             if source.offered == version:
                 source.offered = 0
-                self._tell(source.peer, "refuse", version=version, why=why)
+                told = {"version": version, "why": why, "dropped": dropped}
+                self._tell(source.peer, "refuse", **told)
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
         if kind == "refuse":
             source = self._sources.get(peer)
             fields["connection"] = 0 if source is None else source.connection
+            fields.setdefault("dropped", 0)
         self._send(peer, _frames.encode(kind, **fields))
 
     def _send(self, peer: int, data: bytes) -> None:

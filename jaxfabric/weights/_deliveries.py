@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import secrets
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from jaxfabric.weights._watch import IDS_BEGIN, Watch
 from jaxfabric.weights._worker import Worker
 
 _NAME_CHARS_MAX = 128
+_LOOK_S = 2e-3  # between two looks whether a version is computed
 _TRIES = 3  # of a bucket that comes spoilt
 
 
@@ -57,12 +57,13 @@ class Deliveries:
         # At exit they end in the reverse order: who uses the others goes first.
         self._outgoing = Outgoing(
             *(engine, staging, bucket_bytes, threads),
-            *(self._post, self._unpacked, self._broken),
+            *(self._post, self._unpacked, self._broken, self._counted),
         )
         self._targets: dict[int, Target] = {}
         self._latest: Job | None = None
         self._current: Job | None = None
         self._queue: collections.deque[Job] = collections.deque()
+        self._looking = False
         self._origin = secrets.randbits(63)
         self._worker = Worker("jf.weights.Sender")
         self._watch = Watch(
@@ -163,8 +164,9 @@ class Deliveries:
                 *(self._latest.version, self._latest.tile_of, catch_up),
                 *(now + limit_s, now),
                 catch_up=True,
+                arrays=self._latest.arrays,
             )
-            self._worker.after(limit_s, functools.partial(self._expire, self._current))
+            self._limit(self._current)
         self._offer(target, self._current)
 
     def _on_go(self, target: Target, fields: dict[str, Any]) -> None:
@@ -196,8 +198,14 @@ class Deliveries:
     def _on_have(self, target: Target, fields: dict[str, Any]) -> None:
         job = target.job
         if job is not None and fields["version"] == job.version:
-            receipt = Receipt(fields["verify_us"] / 1e6, fields["unpack_us"] / 1e6)
-            self._end(target, receipt)
+            seconds = fields["verify_us"] / 1e6, fields["unpack_us"] / 1e6
+            target.receipt = Receipt(*seconds)
+            self._counted(target)
+
+    def _counted(self, target: Target) -> None:
+        """Ends a version that a receiver has, once all of its writes are counted."""
+        if target.receipt is not None and not target.uncounted:
+            self._end(target, target.receipt)
 
     def _on_refuse(self, target: Target, fields: dict[str, Any]) -> None:
         job = target.job
@@ -205,13 +213,22 @@ class Deliveries:
         if fields["version"] == 0:
             self._drop(target.peer, error)
         elif job is not None and fields["version"] == job.version:
+            job.dropped |= bool(fields["dropped"])
             self._end(target, error)
 
     # --- Versions ---
 
     def _add_job(self, job: Job) -> None:
-        self._latest = job
         self._queue.append(job)
+        self._limit(job)
+        self._next_job()
+
+    def _limit(self, job: Job) -> None:
+        left = max(0.0, job.until - time.monotonic())
+        job.no_limit = self._worker.after(left, lambda: self._expire(job))
+
+    def _look(self) -> None:
+        self._looking = False
         self._next_job()
 
     def _next_job(self) -> None:
@@ -225,12 +242,15 @@ class Deliveries:
             return
         if current is not None or not self._queue:
             return
-        job = self._current = self._queue.popleft()
+        if not self._queue[0].computed():
+            if not self._looking:
+                self._looking = True
+                self._worker.after(_LOOK_S, self._look)
+            return
+        job = self._current = self._latest = self._queue.popleft()
         for target in list(self._targets.values()):
             if target.memory is not None:
                 self._offer(target, job)
-        left = max(0.0, job.until - time.monotonic())
-        self._worker.after(left, lambda: self._expire(job))
         self._finish_job()
 
     def _offer(self, target: Target, job: Job) -> None:
@@ -241,13 +261,15 @@ class Deliveries:
     def _unpacked(self, target: Target, error: Exception) -> None:
         """A bucket cannot be packed."""
         assert target.job is not None
-        version = target.job.version
-        why = f"version {version} cannot be packed: {error!r}"
-        if isinstance(error, RuntimeError):  # JAX's: the array was deleted
+        job = target.job
+        why = f"version {job.version} cannot be packed: {error!r}"
+        if any(array.is_deleted() for array in job.arrays):
             why = (
-                f"the parameters of version {version} are gone ({error}); do not "
+                f"the parameters of version {job.version} are gone ({error}); do not "
                 "donate them before the next push"
             )
+        elif isinstance(error, RuntimeError):  # JAX's
+            why = f"the parameters of version {job.version} are not there: {error}"
         self._give_up(target, FabricError(why))
 
     # --- How it ends ---
@@ -263,15 +285,23 @@ class Deliveries:
         if job is None or any(t.job is job for t in self._targets.values()):
             return
         self._current = None
-        job.push._resolve()
+        if job.dropped and self._latest is job and not job.push._may_be_had():
+            self._latest = None  # nobody gets it who comes later
+        self._over(job)
         self._next_job()
+
+    def _over(self, job: Job) -> None:
+        job.no_limit()
+        job.push._resolve()
 
     def _give_up(self, target: Target, error: FabricError) -> None:
         """Ends a version for one receiver, which goes on."""
         job = target.job
         if job is None:
             return
-        self._tell(target.peer, "refuse", version=job.version, why=str(error))
+        job.dropped = True
+        told = {"version": job.version, "why": str(error), "dropped": 1}
+        self._tell(target.peer, "refuse", **told)
         self._end(target, _judged(target, error))
 
     def _broken(self, target: Target, error: Exception) -> None:
@@ -290,7 +320,10 @@ class Deliveries:
         self._end(target, _judged(target, error))
 
     def _expire(self, job: Job) -> None:
-        self._stop(job, DeadlineError("the time limit of the push has passed"))
+        why = "the time limit of the push has passed"
+        if not job.computed():
+            why += ", and its parameters are not computed yet"
+        self._stop(job, DeadlineError(why))
 
     def _cancel(self, handle: Push) -> None:
         def cancel() -> None:
@@ -305,7 +338,7 @@ class Deliveries:
             self._queue.remove(job)
             job.push._opens("all", 0)
             job.push._ends("all", error)
-            job.push._resolve()
+            self._over(job)
         for target in list(self._targets.values()):
             if target.job is job:
                 self._give_up(target, error)
@@ -321,6 +354,8 @@ class Deliveries:
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
         target = self._targets.get(peer)
         connection = 0 if target is None else target.connection
+        if kind == "refuse":
+            fields.setdefault("dropped", 0)
         self._send(peer, _frames.encode(kind, connection=connection, **fields))
 
     def _send(self, peer: int, data: bytes) -> None:
@@ -328,8 +363,10 @@ class Deliveries:
             self.engine.submit_send(peer, data)
 
 
-def _judged(target: Target, error: FabricError) -> FabricError:
-    """An error that says whether the receiver may have the version all the same."""
+def _judged(target: Target, error: FabricError) -> Receipt | FabricError:
+    """What became of the version, which the receiver may have all the same."""
+    if target.receipt is not None:
+        return target.receipt
     target.revoke()
     if not target.may_have_all():
         return error

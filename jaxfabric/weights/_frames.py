@@ -29,7 +29,12 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "go": {"version": is_u64},
     "have": {"version": is_u64, "verify_us": is_u64, "unpack_us": is_u64},
     # either way: a version, or all of them (version 0), will not come about
-    "refuse": {"version": is_u64, "why": is_text, "connection": is_u64},
+    "refuse": {
+        "version": is_u64,
+        "why": is_text,
+        "connection": is_u64,
+        "dropped": is_u64,  # 1: since a rank of the trainer has given it up
+    },
     # source to target; a plan follows in parts
     "welcome": {
         "version": is_u64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ class Outgoing:
       post: runs something on the Sender's worker; from any thread.
       unpacked: is told of a receiver whose bucket cannot be packed, and why.
       broken: is told of a receiver whose ring cannot be written, and why.
+      counted: is told of a receiver of which a write has ended.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Outgoing:
         post: Callable[[Callable[[], object]], object],
         unpacked: Callable[[Target, Exception], object],
         broken: Callable[[Target, Exception], object],
+        counted: Callable[[Target], object],
     ) -> None:
         self._engine, self._post = engine, post
-        self._unpacked, self._broken = unpacked, broken
+        self._unpacked, self._broken, self._counted = unpacked, broken, counted
         self._crew = Crew("jf.weights.Sender", helpers=threads - 1)
         self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
         self.staging = Staging(engine, staging, bucket_bytes, self._crew)
@@ -89,6 +92,7 @@ class Outgoing:
             return
         slot = target.slots.pop()
         target.under_way[slot] = job.version, number
+        target.uncounted += 1
 
         def write() -> TransferFuture:
             return self._engine.submit_single_write(
@@ -99,41 +103,51 @@ class Outgoing:
                 timeout_s=max(0.1, job.until - time.monotonic()),
             )
 
-        def begun(call: Future[Begun]) -> None:
+        def called(call: Future[Begun]) -> None:
             target.handed.pop(call, None)
             if call.cancelled():
                 if target.under_way.pop(slot, None) is not None:
                     target.slots.append(slot)
-                ended(None)
+                ended()
                 return
             error = call.exception(0)
             if isinstance(error, Exception):  # a ring that makes no sense may raise any
-                ended(None)
+                ended()
                 self._broken(target, error)
                 return
-            done, core_s = call.result(0)
-            job.push._phases.core["write"] += core_s
-            if done.done():
-                ended(done)
+            begun = call.result(0)
+            job.push._phases.core["write"] += begun.core_s
+            if begun.write.done():
+                over(begun, begun.end)
             else:
-                done.add_done_callback(lambda done: self._later(lambda: ended(done)))
+                begun.write.add_done_callback(
+                    lambda _: self._later(
+                        functools.partial(over, begun, time.monotonic())
+                    )
+                )
 
-        def ended(done: TransferFuture | None) -> None:
+        def over(begun: Begun, end: float) -> None:
+            error = begun.write.exception(0)
+            if error is None:
+                nbytes = slot_bytes.nbytes
+                job.push._wrote(nbytes, begun.begin, end, job.first_post)
+            ended()
+            if error is not None:
+                self._broken(target, error)
+
+        def ended() -> None:
             self.staging.free.append(staged)
             target.staged -= 1
-            if done is None:
-                return
-            if (error := done.exception(0)) is not None:
-                self._broken(target, error)
-            else:
-                job.push._wrote(slot_bytes.nbytes, job.first_post)
+            if target.job is job:
+                target.uncounted -= 1
+                self._counted(target)
 
         call = self._writer.submit(write)
         if call.done():  # where that is this thread's work; `pump` goes on
-            begun(call)
+            called(call)
         else:
             target.handed[call] = number
-            call.add_done_callback(lambda call: self._later(lambda: begun(call)))
+            call.add_done_callback(lambda call: self._later(lambda: called(call)))
 
     def _later(self, work: Callable[[], object]) -> None:
         """From other threads, when a place may have become free."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import rich.progress
@@ -17,12 +17,26 @@ from jaxfabric.weights._phases import Phases
 _REDRAW_S = 0.1
 
 
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The time in which at least one of some intervals is.
+
+    >>> covered([(0.0, 2.0), (5.0, 6.0), (1.0, 3.0)])
+    4.0
+    """
+    whole, last = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        whole += max(0.0, end - max(begin, last))
+        last = max(last, end)
+    return whole
+
+
 class Receipt(NamedTuple):
     """What a receiver said of a version that it has.
 
     Attributes:
-      verify_s: seconds that it took to check what came.
-      unpack_s: seconds that it took to put it in its place.
+      verify_s: seconds in which a thread checked what came.
+      unpack_s: seconds in which a thread put it in its place. Where there are several,
+        the time in which any of them was at work is shared out.
     """
 
     verify_s: float
@@ -30,26 +44,34 @@ class Receipt(NamedTuple):
 
 
 class PushStats(NamedTuple):
-    """Where the time of a push went, in seconds, and what it moved.
+    """Where the time of a push went, in seconds by the clock, and what it moved.
+
+    Phases overlap: while one bucket is written, the next one is packed.
 
     Attributes:
-      wait_s: until the first receiver was ready for the version.
-      pack_s: to copy, cast and quantise, with copies from devices.
-      seal_s: to compute checksums.
-      transfer_s: from the leave to write to the last write's end; overlaps with the
-        others.
+      wait_s: until the parameters were computed, and the first receiver was ready for
+        the version.
+      pack_s: in which a thread copied, cast or quantised, with copies from devices.
+      seal_s: in which a thread computed checksums. Where several threads do either,
+        the time in which any of them was at work is shared out.
+      transfer_s: in which at least one write was under way: between the call that
+        began it, and its end at this rank.
+      span_s: from the leave to write to the last write's end. It has in it what writes
+        wait for: buckets that are packed, and receivers that empty their slots.
       total_s: from `push` to the last receipt.
       nbytes: written by this rank.
       writes: how many.
       receipts: by receiver.
-      core_s: for which this rank's thread ran, not by the clock: "pack", "seal", and
-        "write", as far as writes are its work and not that of a NIC.
+      core_s: for which this rank's threads ran, all together, not by the clock:
+        "pack", "seal", and "write", as far as writes are their work and not that of a
+        NIC.
     """
 
     wait_s: float
     pack_s: float
     seal_s: float
     transfer_s: float
+    span_s: float
     total_s: float
     nbytes: int
     writes: int
@@ -82,7 +104,7 @@ class Push:
         self._done = False
         self._total = self._written = 0
         self._phases = Phases()
-        self._writes = 0
+        self._intervals: list[tuple[float, float]] = []  # of the writes
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -167,9 +189,9 @@ class Push:
         wall, core = self._phases.wall, self._phases.core
         return PushStats(
             *(wall["wait"], wall["pack"], wall["seal"]),
-            *(wall["transfer"], wall["total"]),
+            *(covered(self._intervals), wall["span"], wall["total"]),
             nbytes=self._written,
-            writes=self._writes,
+            writes=len(self._intervals),
             receipts=dict(self._receipts),
             core_s={phase: core[phase] for phase in ("pack", "seal", "write")},
         )
@@ -181,10 +203,10 @@ class Push:
             self._open.add(name)
             self._total += nbytes
 
-    def _wrote(self, nbytes: int, first_post: float) -> None:
-        self._phases.wall["transfer"] = time.monotonic() - first_post
+    def _wrote(self, nbytes: int, begin: float, end: float, first_post: float) -> None:
+        self._phases.wall["span"] = max(self._phases.wall["span"], end - first_post)
+        self._intervals.append((begin, end))
         self._written += nbytes
-        self._writes += 1
 
     def _ends(self, name: str, outcome: Receipt | FabricError) -> None:
         with self._changed:
@@ -195,6 +217,15 @@ class Push:
                 self._failures[name] = outcome
             else:
                 self._receipts[name] = outcome
+
+    def _may_be_had(self) -> bool:
+        """Whether a receiver has the version, or may have it."""
+        with self._changed:
+            unknown = any(
+                isinstance(error, OutcomeUnknownError)
+                for error in self._failures.values()
+            )
+            return unknown or bool(self._receipts)
 
     def _resolve(self) -> None:
         with self._changed:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import threading
 import time
 from typing import Any
+
+import jax
 
 from jaxfabric._errors import CapacityError, FabricError, PlanMismatchError
 from jaxfabric._transfer_engine import TransferEngine
@@ -151,7 +154,9 @@ class Sender(Deliveries):
 
         Raises:
           CapacityError: two pushes are under way already; wait for one.
-          FabricError: the tree is not that of the layout, or the version is not new.
+          FabricError: the tree is not that of the layout, the version is not new, or
+            the Sender or its engine is closed.
+          TypeError: ``version`` is no whole number.
           ValueError: ``timeout_s`` is not finite and above 0.
 
         Example::
@@ -161,12 +166,17 @@ class Sender(Deliveries):
         limit_s = self.engine.timeout_s if timeout_s is None else float(timeout_s)
         if not 0 < limit_s < math.inf:
             raise ValueError(f"push: timeout_s={timeout_s} must be finite and above 0")
-        tile_of = HostTiles(self._tiles(params), self._host_bytes)
+        version = operator.index(version)  # NumPy's would not travel
+        tiles = self._tiles(params)
+        arrays = [tile for tile in tiles.values() if isinstance(tile, jax.Array)]
+        tile_of = HostTiles(tiles, self._host_bytes)
         with self._lock:
-            if self._closed or not self._pushed < version < 1 << 63:
-                why = "the Sender is closed"
-                if not self._closed:
-                    why = f"{self._pushed} was pushed; versions rise"
+            why = None
+            if self._closed or self.engine.closed:
+                why = f"the {'Sender' if self._closed else 'TransferEngine'} is closed"
+            elif not self._pushed < version < 1 << 63:
+                why = f"{self._pushed} was pushed; versions rise"
+            if why is not None:
                 raise FabricError(f"push of version {version}: {why}")
             self._handles = [one for one in self._handles if not one.done()]
             if len(self._handles) >= _UNDER_WAY_MAX:
@@ -178,12 +188,16 @@ class Sender(Deliveries):
             handle = Push(version, self._cancel)
             self._handles.append(handle)
             now = time.monotonic()
-            job = Job(version, tile_of, handle, now + limit_s, now)
+            job = Job(
+                *(version, tile_of, handle, now + limit_s, now),
+                arrays=arrays,
+                pending=list(arrays),
+            )
             self._worker.post(lambda: self._add_job(job))
         return handle
 
     def _tiles(self, params: Any) -> dict[tuple[int, int], Any]:
-        return source_tiles(self.layout, params)
+        return source_tiles(self.layout, params, self.rank)
 
     def close(self) -> None:
         """Ends what is under way, and takes leave; may be called again."""

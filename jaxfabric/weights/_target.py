@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,14 +11,19 @@ from jaxfabric._net_addr import MrDesc
 from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._frames import Parts
 from jaxfabric.weights._plan import Plan
-from jaxfabric.weights._push import Push
+from jaxfabric.weights._push import Push, Receipt
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
     """A version that is being pushed, and the arrays that it consists of.
 
-    ``catch_up``: no push of the caller's, but for who came late.
+    Attributes:
+      catch_up: it is no push of the caller's, but for who came late.
+      arrays: those of them that are JAX's.
+      pending: those of them of which it is not known that they are computed.
+      dropped: whether its sender has given it up for a receiver.
+      no_limit: ends its timer.
     """
 
     version: int
@@ -27,6 +33,20 @@ class Job:
     waits_since: float
     first_post: float = 0.0
     catch_up: bool = False
+    arrays: list[Any] = dataclasses.field(default_factory=list)
+    pending: list[Any] = dataclasses.field(default_factory=list)
+    dropped: bool = False
+    no_limit: Callable[[], object] = lambda: None
+
+    def computed(self) -> bool:
+        """Whether its arrays are computed, so that nobody who reads them waits."""
+        while self.pending:
+            array = self.pending[-1]
+            # Of what is deleted the reader says so.
+            if not array.is_deleted() and not array.is_ready():
+                return False
+            self.pending.pop()
+        return True
 
 
 @dataclasses.dataclass
@@ -53,6 +73,8 @@ class Target:
       spoilt: how many came spoilt.
       staged: how many of the Sender's staging buckets are on their way to it.
       handed: buckets by the call that writes them, until that is over.
+      uncounted: writes of the job of which it is not known that they have ended.
+      receipt: what it said of the job, until those are counted.
     """
 
     peer: int
@@ -74,6 +96,8 @@ class Target:
     spoilt: int = 0
     staged: int = 0
     handed: dict[Future[Any], int] = dataclasses.field(default_factory=dict)
+    uncounted: int = 0
+    receipt: Receipt | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,3 +129,4 @@ class Target:
         """Starts anew, with another version."""
         self.job, self.went, self.next, self.spoilt = job, False, 0, 0
         self.again.clear()
+        self.uncounted, self.receipt = 0, None

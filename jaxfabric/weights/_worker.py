@@ -56,9 +56,20 @@ class Worker:
         self.post(run)
         return future
 
-    def after(self, timeout_s: float, work: Callable[[], object]) -> None:
-        """Runs ``work()`` once that time has passed. For the worker's thread only."""
-        self._due.append((time.monotonic() + timeout_s, work))
+    def after(
+        self, timeout_s: float, work: Callable[[], object]
+    ) -> Callable[[], object]:
+        """Runs ``work()`` once that time has passed, unless what it gives is called.
+
+        For the worker's thread only. What ``work`` holds is held until either.
+        """
+        entry = time.monotonic() + timeout_s, work
+        self._due.append(entry)
+
+        def never() -> None:
+            self._due[:] = [one for one in self._due if one is not entry]
+
+        return never
 
     def close(self) -> None:
         """Ends after what was posted; not to be called by the worker itself."""

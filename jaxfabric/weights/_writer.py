@@ -5,12 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights._worker import Worker
 
-# The write that was begun, and for how long its thread's core worked.
-Begun = tuple[TransferFuture, float]
+
+class Begun(NamedTuple):
+    """A write that was begun.
+
+    Attributes:
+      write: its end.
+      begin, end: when it was called, and when the call was over.
+      core_s: for which its thread's core worked.
+    """
+
+    write: TransferFuture
+    begin: float
+    end: float
+    core_s: float
 
 
 class Writer:
@@ -23,8 +36,11 @@ class Writer:
         """What comes of it; it can be cancelled until it is begun."""
 
         def begin() -> Begun:
-            core = time.thread_time()
-            return write(), time.thread_time() - core
+            begin, core = time.monotonic(), time.thread_time()
+            under_way = write()
+            return Begun(
+                *(under_way, begin, time.monotonic()), time.thread_time() - core
+            )
 
         if self._worker is not None:
             return self._worker.submit(begin)
