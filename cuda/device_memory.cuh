@@ -111,17 +111,18 @@ __device__ inline uint32_t AddRelaxedGpu(uint32_t* at, uint32_t value) {
   return before;
 }
 
-// Data that nobody writes while the kernel runs (so the compiler may move the
-// load), and that should not push out of L1 what is read again.
-__device__ inline uint4 LoadStreaming(const void* at) {
+// Data that nobody writes while the kernel runs, so that the compiler may move
+// the load. Not L1::no_allocate: what is read so, again and again, loses its
+// place in L2 little by little (docs/design/0009-cuda.md).
+__device__ inline uint4 LoadRow(const void* at) {
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(at));
   return v;
 }
 
-// The same, where it stands.
+// Data that is read once, where the load stands.
 __device__ inline uint4 LoadStreamingNow(const void* at) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

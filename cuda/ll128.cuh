@@ -64,7 +64,7 @@ __host__ __device__ inline bool IsVector(const void* data, int64_t bytes) {
 __device__ inline LaneWords LoadVectorPart(const char* row, int64_t row_bytes,
                                            int64_t at, LanePart part) {
   const int64_t offset = at + part.vector;
-  const uint4 v = LoadStreaming(row + (offset < row_bytes ? offset : 0));
+  const uint4 v = LoadRow(row + (offset < row_bytes ? offset : 0));
   const uint64_t low = v.x | static_cast<uint64_t>(v.y) << 32;
   const uint64_t high = v.z | static_cast<uint64_t>(v.w) << 32;
   return {part.upper ? high : low, high};

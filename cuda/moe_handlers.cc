@@ -67,8 +67,14 @@ StatusOr<MoeShape> ShapeOf(const MoeAttributes& attributes, int ranks,
   shape.kept_max = limited ? kept : INT32_MAX;
   shape.expand = attributes.expand;
   shape.zero_tail = attributes.zero_tail;
-  if (shape.k > kExpertsPerTokenMax || shape.experts > kExpertsPerRankMax ||
-      shape.rows > INT32_MAX / 2) {
+  if (shape.rows > INT32_MAX / 2) {
+    return Status(StatusCode::kUnimplemented,
+                  "on GPUs a rank has at most " +
+                      std::to_string(INT32_MAX / 2) + " rows, and might get " +
+                      std::to_string(shape.rows) +
+                      "; give a capacity, or fewer tokens");
+  }
+  if (shape.k > kExpertsPerTokenMax || shape.experts > kExpertsPerRankMax) {
     return Status(
         StatusCode::kUnimplemented,
         "on GPUs a token has at most " + std::to_string(kExpertsPerTokenMax) +

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 4
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
        i < probe.bytes / 16; i += threads) {
-    const uint4 v = LoadStreaming(from + i);
+    const uint4 v = LoadRow(from + i);
     there[i] = v;
     here[i] = v;
   }

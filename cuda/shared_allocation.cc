@@ -54,10 +54,13 @@ StatusOr<std::unique_ptr<SharedAllocation>> SharedAllocation::Create(
   JF_ASSIGN_OR_RETURN(const size_t rounded, Rounded(*driver, device, bytes));
   const CUmemAllocationProp properties = PropertiesOn(device);
   CUmemGenericAllocationHandle handle = 0;
-  JF_RETURN_IF_ERROR(
-      driver->ToStatus(driver->mem_create(&handle, rounded, &properties, 0),
-                       "cuMemCreate of " + std::to_string(rounded >> 20) +
-                           " MiB on device " + std::to_string(device)));
+  JF_RETURN_IF_ERROR(driver->ToStatus(
+      driver->mem_create(&handle, rounded, &properties, 0),
+      "the heap of a Fabric, " + std::to_string(rounded >> 20) +
+          " MiB on device " + std::to_string(device) +
+          " (window_bytes, and four times mailbox_bytes for each peer; lower "
+          "them, or leave it memory: XLA_PYTHON_CLIENT_MEM_FRACTION): "
+          "cuMemCreate"));
   return std::unique_ptr<SharedAllocation>(
       new SharedAllocation(handle, rounded));
 }

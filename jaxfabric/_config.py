@@ -26,12 +26,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from jaxfabric._time_limit import checked_limit
-
 
 _PREFIX = "JAXFABRIC_"
 # Of a process's addresses; multiples of sizes below it do not wrap around.
@@ -72,7 +72,7 @@ _KINDS: dict[str, type] = {
 }
 
 
-def checked_bytes(source: str, value: int) -> int:
+def _checked_bytes(source: str, value: int) -> int:
     """The size, if it is one; raises ValueError that names ``source``."""
     if not 0 <= value < _BYTES_END:
         raise ValueError(
@@ -109,7 +109,7 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
     if name == "timeout_s":
         converted = checked_limit(source, converted)
     if kind is int:
-        checked_bytes(source, converted)
+        _checked_bytes(source, converted)
     changed: dict[str, Any] = {name: converted}
     return dataclasses.replace(settings, **changed)
 
@@ -188,3 +188,17 @@ class Config:
 
 
 config = Config()
+
+
+def fabric_sizes(
+    mailbox_bytes: int | None, window_bytes: int | None
+) -> tuple[int, int]:
+    """What a Fabric is asked for, or the settings in force; raises ValueError."""
+    if mailbox_bytes is None:
+        mailbox_bytes = config.settings.mailbox_bytes
+    if window_bytes is None:
+        window_bytes = config.settings.window_bytes
+    return (
+        _checked_bytes("jf.Fabric: mailbox_bytes", operator.index(mailbox_bytes)),
+        _checked_bytes("jf.Fabric: window_bytes", operator.index(window_bytes)),
+    )

@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import json
 import os
 import pathlib
-import secrets
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
 
+from jaxfabric._descriptors import Exchange
 from jaxfabric._errors import FabricError, TransportUnavailableError, from_status
 from jaxfabric._rendezvous import Rendezvous
 
@@ -199,34 +197,19 @@ class CudaGroup:
         raise FabricError(f"a Fabric over GPUs has no {name.replace('_', ' ')} yet")
 
     def _exchange_heaps(
-        self, ranks: Sequence[int], rendezvous: Rendezvous, owners: Sequence[int]
+        self, mine: Sequence[int], rendezvous: Rendezvous, owners: Sequence[int]
     ) -> None:
         """Hands this process's heaps to the others as file descriptors."""
-        me = owners[ranks[0]]
-        others = sorted(set(owners) - {me})
-        with contextlib.ExitStack() as stack:
-            fds = list(stack.enter_context(self._exported(ranks)))
-            server = stack.enter_context(socket.socket(socket.AF_UNIX))
-            name = f"jaxfabric-{secrets.token_hex(16)}"
-            server.bind(b"\0" + name.encode())
-            server.listen(max(1, len(others)))
-            server.settimeout(rendezvous.timeout_s)
-            payload = json.dumps([me, name]).encode()
-            names = dict(json.loads(p) for p in rendezvous.all_gather(payload))
-            links = []
-            for process in others:
-                link = stack.enter_context(socket.socket(socket.AF_UNIX))
-                link.settimeout(rendezvous.timeout_s)
-                link.connect(b"\0" + names[process].encode())
-                links.append((process, link))
-            for _ in others:
-                connection = stack.enter_context(server.accept()[0])
-                _refuse_strangers(connection)
-                socket.send_fds(connection, [b"heaps"], fds)
-            for process, link in links:
-                _refuse_strangers(link)
-                theirs = [r for r, owner in enumerate(owners) if owner == process]
-                self._import(theirs, link)
+        ranks: dict[int, list[int]] = {}
+        for rank, owner in enumerate(owners):
+            ranks.setdefault(owner, []).append(rank)
+        exchange = Exchange(
+            "jf.Fabric: heaps of GPUs", owners[mine[0]], ranks, rendezvous
+        )
+        with self._exported(mine) as fds, exchange.run(fds) as theirs:
+            for process, heaps in theirs.items():
+                for rank, fd in zip(ranks[process], heaps, strict=True):
+                    _check(self._library.jaxfabric_cuda_import(self._handle, rank, fd))
 
     @contextlib.contextmanager
     def _exported(self, ranks: Sequence[int]) -> Iterator[list[int]]:
@@ -244,32 +227,6 @@ class CudaGroup:
         finally:
             for number in fds:
                 os.close(number)
-
-    def _import(self, ranks: Sequence[int], link: socket.socket) -> None:
-        _, fds, _, _ = socket.recv_fds(link, 16, len(ranks))
-        try:
-            if len(fds) != len(ranks):
-                raise FabricError(
-                    f"the process of ranks {list(ranks)} sent {len(fds)} heaps instead "
-                    f"of {len(ranks)}; run the same jaxfabric in all processes"
-                )
-            for rank, fd in zip(ranks, fds, strict=True):
-                _check(self._library.jaxfabric_cuda_import(self._handle, rank, fd))
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-
-def _refuse_strangers(link: socket.socket) -> None:
-    """Device memory is handed to processes of the same user only."""
-    size = 12  # struct ucred: pid, uid, gid
-    credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    uid = int.from_bytes(credentials[4:8], "little")
-    if uid != os.geteuid():
-        raise FabricError(
-            f"a process of user {uid} asked for the heaps of this Fabric, which is "
-            f"user {os.geteuid()}'s; run all processes as one user"
-        )
 
 
 def require_one_host(hosts: Sequence[str]) -> list[str]:

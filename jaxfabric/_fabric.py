@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import pathlib
 import secrets
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxfabric import _cuda, _current, _ffi
-from jaxfabric._config import checked_bytes, config
+from jaxfabric._config import config, fabric_sizes
 from jaxfabric._errors import (
     FabricError,
     PlanMismatchError,
@@ -122,14 +121,7 @@ class Fabric:
         self._rendezvous = Rendezvous(
             f"jaxfabric/{self.key:016x}/{generation}", self._processes, self.timeout_s
         )
-        if mailbox_bytes is None:
-            mailbox_bytes = settings.mailbox_bytes
-        if window_bytes is None:
-            window_bytes = settings.window_bytes
-        sizes = (
-            checked_bytes("jf.Fabric: mailbox_bytes", operator.index(mailbox_bytes)),
-            checked_bytes("jf.Fabric: window_bytes", operator.index(window_bytes)),
-        )
+        sizes = fabric_sizes(mailbox_bytes, window_bytes)
         self._native: Any = None
         try:
             options = transport_options(self.transport, chaos)

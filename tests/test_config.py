@@ -58,7 +58,7 @@ def test_variables_are_read_once_at_the_first_use(
         (
             "WINDOW_BYTES",
             str(1 << 60),
-            "JAXFABRIC_WINDOW_BYTES=1152.* and below 140737488355328",
+            "JAXFABRIC_WINDOW_BYTES=1152.* and below",
         ),
     ],
 )
@@ -107,6 +107,12 @@ def test_fabrics_take_the_settings_in_force() -> None:
             fabric.window(65, "int8")
     with jf.config(timeout_s=7), jf.Fabric(mesh, timeout_s=3) as fabric:
         assert fabric.timeout_s == 3
+
+
+def test_sizes_that_are_none() -> None:
+    for name, value in (("mailbox_bytes", -1), ("window_bytes", 1 << 70)):
+        with pytest.raises(ValueError, match=f"jf.Fabric: {name}={value}: must not"):
+            jf.Fabric(make_mesh(2), **{name: value})
 
 
 def test_options_of_verbs() -> None:

@@ -1,8 +1,8 @@
 // Times of the kernels under CUDA graphs, two ranks in one process, and of bare
 // probes beside them.
 //
-//   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids|push]
-//                  [blocks] [MiB between arrays]
+//   cuda_moe_bench [all|decode|prefill|long|primitives|128|4096|grids|push|
+//                  again] [blocks]
 //
 // A graph holds a barrier and then a chain of one operation between two events,
 // and is launched on all devices. A time is what the slower rank took for the
@@ -380,6 +380,18 @@ void TimePush(int blocks) {
   }
 }
 
+// Combine of the same rows, again and again.
+void TimeAgain(int blocks) {
+  constexpr int kTurns = 8, kLaunchesOfTurn = 1000;
+  const MoeShape shape = ShapeOf(128, true);
+  Cluster cluster(kRanks, 2, 1 << 20, MessageBytes(shape));
+  const Operands o = MakeOperands(cluster, shape);
+  TimeDispatch(cluster, o, shape, Wire::kBf16, DispatchGrid(shape, blocks));
+  for (int turn = 0; turn < kTurns; ++turn) {
+    TimeCombine(cluster, o, shape, CombineGrid(shape, blocks), kLaunchesOfTurn);
+  }
+}
+
 void TimeBoth() {
   Cluster cluster(kRanks, 2, uint64_t{64} << 20, 1 << 20);
   TimeProbes(cluster);
@@ -398,6 +410,7 @@ void Main(const std::string& what, int blocks) {
   if (what == "128" || what == "4096") lengths = {std::stoi(what)};
   if (what == "grids") lengths = {128, 4096};
   if (what == "push") return TimePush(blocks);
+  if (what == "again") return TimeAgain(blocks);
   if (lengths.empty()) return;
   Cluster cluster(kRanks, 2, 1 << 20,
                   MessageBytes(ShapeOf(lengths.back(), true)));
@@ -418,10 +431,6 @@ int main(int argc, char** argv) {
   if (!missing.empty()) {
     std::printf("skipped: %s\n", missing.c_str());
     return 0;
-  }
-  if (argc > 3) {
-    jaxfabric::cuda::DeviceBuffer::bytes_apart =
-        std::strtoul(argv[3], nullptr, 10) << 20;
   }
   jaxfabric::cuda::Main(argc > 1 ? argv[1] : "all",
                         argc > 2 ? std::atoi(argv[2]) : 128);

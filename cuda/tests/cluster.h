@@ -39,7 +39,7 @@ class DeviceBuffer {
  public:
   DeviceBuffer(int device, size_t bytes) : device_(device), bytes_(bytes) {
     const ScopedDevice current(device_);
-    if (cudaMalloc(&data_, bytes + 16 + bytes_apart) != cudaSuccess) {
+    if (cudaMalloc(&data_, bytes + 16) != cudaSuccess) {
       data_ = nullptr;
     }
     Poison();
@@ -76,9 +76,6 @@ class DeviceBuffer {
     return static_cast<T*>(data_);
   }
   size_t bytes() const { return bytes_; }
-
-  // Unused memory behind each, so that small ones do not share a page.
-  inline static size_t bytes_apart = 0;
 
  private:
   int device_;

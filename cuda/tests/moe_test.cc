@@ -4,8 +4,8 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
+#include <tuple>
 
 #include "moe/block_scaled.h"
 #include "moe/layout.h"
@@ -183,16 +183,18 @@ void CheckCombine(const Case& c, const std::vector<Operands>& operands,
   }
 }
 
-class MoeTest : public ::testing::TestWithParam<int> {
+// Ranks, and which part of the worlds.
+class MoeTest : public ::testing::TestWithParam<std::tuple<int, int>> {
  protected:
+  static int Ranks() { return std::get<0>(GetParam()); }
+
   void SetUp() override {
     // Two ranks on a GPU at most.
-    const std::string missing = Missing(std::max(2, GetParam() / 2));
+    const std::string missing = Missing(std::max(2, Ranks() / 2));
     if (!missing.empty()) GTEST_SKIP() << missing;
-    cluster_ = std::make_unique<Cluster>(GetParam(),
-                                         std::min(GetParam(), DeviceCount()),
-                                         1 << 16, kMailboxBytes);
-    for (int rank = 0; rank < GetParam(); ++rank) {
+    cluster_ = std::make_unique<Cluster>(
+        Ranks(), std::min(Ranks(), DeviceCount()), 1 << 16, kMailboxBytes);
+    for (int rank = 0; rank < Ranks(); ++rank) {
       const int device = cluster_->device(rank);
       pending_.emplace_back();
       for (int i = 0; i < 2; ++i) pending_[rank].emplace_back(device, 24);
@@ -203,7 +205,7 @@ class MoeTest : public ::testing::TestWithParam<int> {
     Case c;
     c.type =
         Choose<RowType>(random, {RowType::kF32, RowType::kBf16, RowType::kF16});
-    const Layout layout = RandomLayout(random, GetParam(), c.type, large);
+    const Layout layout = RandomLayout(random, Ranks(), c.type, large);
     c.world = moe::RandomWorld(random, layout);
     c.scaled = Uniform(random, 0, 2) == 0;
     c.keep = Uniform(random, 0, 1) == 0;
@@ -330,15 +332,8 @@ class MoeTest : public ::testing::TestWithParam<int> {
   std::vector<std::vector<DeviceBuffer>> pending_;  // two of each rank
 };
 
-// Fewer worlds for a sanitizer, which makes each take seconds.
-uint64_t Worlds(uint64_t all) {
-  const char* most = std::getenv("JAXFABRIC_CUDA_WORLDS");
-  return most == nullptr ? all : std::min<uint64_t>(all, std::atoi(most));
-}
-
 TEST_P(MoeTest, SendersPlaceTheirOwnRows) {
-  const uint64_t worlds = Worlds(12);
-  for (uint64_t seed = 1; seed <= worlds && !HasFailure(); ++seed) {
+  for (uint64_t seed = 1; seed <= 12 && !HasFailure(); ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     Random random = moe::Seeded(1000 + seed);
     Case c = RandomCase(random, /*large=*/seed % 3 == 0);
@@ -369,9 +364,13 @@ TEST_P(MoeTest, WholeCallsDoNotFollowThePlansOfHalves) {
   RunDispatch(c, {Phase::kWhole}, of_whole);
 }
 
-TEST_P(MoeTest, EqualsTheOracle) {
-  const uint64_t worlds = Worlds(60);
-  for (uint64_t seed = 1; seed <= worlds && !HasFailure(); ++seed) {
+// In parts, so that a sanitizer, under which each world takes seconds, can be
+// given one of them.
+class MoeWorldsTest : public MoeTest {};
+
+TEST_P(MoeWorldsTest, EqualsTheOracle) {
+  const uint64_t first = 1 + 10 * std::get<1>(GetParam());
+  for (uint64_t seed = first; seed < first + 10 && !HasFailure(); ++seed) {
     Random random = moe::Seeded(seed);
     const Case c = RandomCase(random, /*large=*/seed % 10 == 0);
     SCOPED_TRACE(::testing::Message()
@@ -384,7 +383,19 @@ TEST_P(MoeTest, EqualsTheOracle) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, MoeTest, ::testing::Values(2, 3, 4, 8));
+std::string NameOf(const ::testing::TestParamInfo<std::tuple<int, int>>& info) {
+  return std::to_string(std::get<0>(info.param)) + "RanksPart" +
+         std::to_string(std::get<1>(info.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MoeTest,
+                         ::testing::Combine(::testing::Values(2, 3, 4, 8),
+                                            ::testing::Values(0)),
+                         NameOf);
+INSTANTIATE_TEST_SUITE_P(All, MoeWorldsTest,
+                         ::testing::Combine(::testing::Values(2, 3, 4, 8),
+                                            ::testing::Range(0, 6)),
+                         NameOf);
 
 }  // namespace
 }  // namespace jaxfabric::cuda
