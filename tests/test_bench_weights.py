@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,23 @@ def test_every_subject_is_verified_and_timed(measured: dict[str, Any]) -> None:
     assert names[:3] == ["wire", "memcpy, once", "memory-traffic floor of a push"]
 
 
+def test_a_push_that_quantises_is_verified_and_timed(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "weights.json"
+    options = ["--bytes=2MiB", "--sources=1", "--targets=1", "--rounds=1", "--quantise"]
+    run = CliRunner().invoke(
+        _bench_app.app, ["weights", *options, f"--json={file}"], catch_exceptions=False
+    )
+    assert run.exit_code == 0, run.output
+    assert "quantised to e4m3 on the way" in run.output
+    assert "quantising, once" in run.output
+    measured = json.loads(file.read_text())
+    assert measured["target_nbytes"] < 0.6 * measured["nbytes"]
+    (found,) = measured["results"]
+    assert set(found["rounds"]) == {"push"}
+    floors = found["floors"][0]
+    assert 0 < floors["quantise"] < floors["copy"]
+
+
 def test_wrong_bits_are_told() -> None:
     class Wrong(weights.Ranks):
         def __init__(self) -> None:
@@ -123,7 +141,13 @@ def test_a_rank_that_cannot_start_is_named() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--bytes=1KiB"], ["--bytes=x"], ["--sources=3"], ["--subjects=push;nonsense"]],
+    [
+        ["--bytes=1KiB"],
+        ["--bytes=x"],
+        ["--sources=3"],
+        ["--subjects=push;nonsense"],
+        ["--quantise", "--subjects=gather and broadcast"],
+    ],
 )
 def test_bad_options_are_refused(options: list[str]) -> None:
     run = CliRunner().invoke(_bench_app.app, ["weights", *options])

@@ -41,6 +41,7 @@ class Settings:
       transports: of jf.TransferEngine.
       rounds: that are timed, after two that are not, of which one is checked.
       threads: of each Sender and Receiver; ``None`` is their default.
+      quantise: to e4m3 in blocks on the way, which only a push does.
 
     Raises:
       ValueError: there is no such subject, or a number of ranks is no power of two.
@@ -53,11 +54,14 @@ class Settings:
     subjects: tuple[str, ...] = SUBJECTS
     rounds: int = 5
     threads: int | None = None
+    quantise: bool = False
 
     def __post_init__(self) -> None:
         for name in self.subjects:
             if name not in SUBJECTS:
                 raise ValueError(f"{name!r} is none of {'; '.join(SUBJECTS)}")
+        if self.quantise and tuple(self.subjects) != SUBJECTS[:1]:
+            raise ValueError("only a push quantises: --subjects push")
         for count in (self.sources, self.targets):
             if count & (count - 1):
                 raise ValueError(f"{count} ranks: give a power of two")
@@ -145,6 +149,7 @@ class _Rank:
             "counts": [settings.sources, settings.targets],
             "transport": transport,
             "threads": settings.threads,
+            "quantise": settings.quantise,
             "answers": write,
         }
         module = "jaxfabric._bench.weights_rank"
@@ -253,13 +258,15 @@ def _floors(ranks: Ranks) -> dict[str, float]:
     ``_core``: for each second of a core, and in seconds of cores.
     """
     memory = ranks.ask(ranks.all, "memory")
+    kinds = [name for name in memory[0] if f"{name}_core" in memory[0]]
     wire_s, said, heard = ranks.together({"do": "wire"}, {"do": "wire"})
     transfer_s = max(answer["transfer_s"] for answer in said)
     return {
-        "copy": sum(found["copy"] for found in memory),
-        "hash": sum(found["hash"] for found in memory),
-        "copy_core": statistics.mean(found["copy_core"] for found in memory),
-        "hash_core": statistics.mean(found["hash_core"] for found in memory),
+        **{kind: sum(found[kind] for found in memory) for kind in kinds},
+        **{
+            f"{kind}_core": statistics.mean(found[f"{kind}_core"] for found in memory)
+            for kind in kinds
+        },
         "wire_s": wire_s,
         "wire_transfer_s": transfer_s,
         "wire_core_s": _cores(said, heard),
@@ -369,8 +376,9 @@ def run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     from . import weights_model
 
     before, line = machine.describe(), machine.line()
-    source, _ = weights_model.layouts(
-        settings.nbytes, settings.sources, settings.targets
+    source, target = weights_model.layouts(
+        *(settings.nbytes, settings.sources, settings.targets),
+        quantise=settings.quantise,
     )
     results = [_measure(settings, each, say) for each in settings.transports]
     return {
@@ -379,6 +387,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         "machine_line": line,
         "settings": dataclasses.asdict(settings),
         "nbytes": source.nbytes,
+        "target_nbytes": target.nbytes,
         "leaves": len(source.leaves),
         "results": results,
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from jaxfabric.weights import LeafLayout, MeshLayout, TreeLayout
+from jaxfabric.weights._buckets import scale_shape
 
 LAYERS = 8
 EXPERTS = 8
@@ -25,12 +27,15 @@ def width_for(nbytes: int) -> int:
     return max(1, round(width / _UNIT)) * _UNIT
 
 
-def layouts(nbytes: int, sources: int, targets: int) -> tuple[TreeLayout, TreeLayout]:
+def layouts(
+    nbytes: int, sources: int, targets: int, *, quantise: bool = False
+) -> tuple[TreeLayout, TreeLayout]:
     """The same model, sharded by a trainer over rows and experts, by a sampler's heads.
 
     Args:
       nbytes: about, of all parameters.
       sources, targets: ranks of either; powers of two up to 8.
+      quantise: the sampler's is e4m3; leaves of scales follow all others.
     """
     rows = 2 if sources > 1 else 1
     trainer = MeshLayout(
@@ -55,9 +60,24 @@ def layouts(nbytes: int, sources: int, targets: int) -> tuple[TreeLayout, TreeLa
                 (("expert",), ("fsdp",), ()),
                 (("tensor",), (), ()),
             )
+    if quantise:
+        leaves[1][:] = _quantised(leaves[1])
     return TreeLayout((trainer,), tuple(leaves[0])), TreeLayout(
         (sampler,), tuple(leaves[1])
     )
+
+
+def _quantised(leaves: list[LeafLayout]) -> list[LeafLayout]:
+    payloads = [dataclasses.replace(leaf, dtype="float8_e4m3fn") for leaf in leaves]
+    return payloads + [
+        dataclasses.replace(
+            leaf,
+            name=SCALES.format(leaf.name),
+            shape=scale_shape(leaf.shape),
+            dtype="float32",
+        )
+        for leaf in leaves
+    ]
 
 
 # --- A model of 10**12 parameters, with the shapes of Kimi-K2's published config ---

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -22,6 +23,7 @@ import jaxfabric as jf
 from jaxfabric._bench import weights_model
 from jaxfabric._bench.weights_others import Gather, Pull
 from jaxfabric.weights._push import covered
+from jaxfabric.weights._quantise import quantise
 from jaxfabric.weights._tiles import (
     TilesByKey,
     aligned_copy,
@@ -33,6 +35,7 @@ from jaxfabric.weights._tiles import (
 TIMEOUT_S = 120.0
 _PROBE_BYTES = 64 << 20  # more than caches hold
 _PROBE_SECONDS = 0.3
+_SLOWER = 8  # so much less is quantised in a probe
 _STAGING, _SLOTS = 3, 2  # buckets, as a Sender packs them, and a Receiver has them
 _WIRE_ID = 1 << 20  # its counts
 
@@ -65,8 +68,12 @@ def content(leaf: jf.weights.LeafLayout, number: int, box: tuple[slice, ...]) ->
     return (total % (1 << 14)).view(leaf.dtype)  # no NaN, which all compare unequal
 
 
-def tiles_with_content(layout: jf.weights.TreeLayout, rank: int) -> TilesByKey:
-    """All tiles of a rank."""
+def tiles_with_content(
+    layout: jf.weights.TreeLayout,
+    rank: int,
+    source: jf.weights.TreeLayout | None = None,
+) -> TilesByKey:
+    """All tiles of a rank; with ``source`` they are quantised from its contents."""
     made = {}
     for number, leaf in enumerate(layout.leaves):
         tiles = tiles_of(layout, leaf)
@@ -76,7 +83,13 @@ def tiles_with_content(layout: jf.weights.TreeLayout, rank: int) -> TilesByKey:
                 continue
             position = np.unravel_index(which, tiles.parts)
             start = tuple(int(p) * n for p, n in zip(position, shape, strict=True))
-            made[number, which] = content(leaf, number, box_index(start, shape))
+            box = box_index(start, shape)
+            if source is None:
+                made[number, which] = content(leaf, number, box)
+            elif number < len(source.leaves):
+                values = content(source.leaves[number], number, box)
+                scales = number + len(source.leaves), which
+                made[number, which], made[scales] = quantise(values)
     return made
 
 
@@ -95,10 +108,11 @@ class Rank:
         counts: list[int],
         transport: str,
         threads: int | None = None,
+        quantises: bool = False,
     ) -> None:
-        self.threads = threads
-        layouts = weights_model.layouts(nbytes, *counts)
-        self.plan = jf.weights.plan(*layouts)
+        self.threads, self.quantises = threads, quantises
+        layouts = weights_model.layouts(nbytes, *counts, quantise=quantises)
+        self.plan = jf.weights.plan(*layouts, scales=weights_model.SCALES)
         self.layout = layouts[role == "sampler"]
         self.role, self.rank = role, rank
         self.arrays: dict[tuple[int, int], Any] = {}
@@ -115,7 +129,7 @@ class Rank:
         self.engine, self.raw = self.open
 
     def memory(self) -> dict[str, float]:
-        """Bytes/s that this rank copies and hashes, while all others do, too.
+        """Bytes/s that this rank copies, hashes, quantises, while all others do, too.
 
         And bytes for each second of a core, with ``_core``.
         """
@@ -123,9 +137,14 @@ class Rank:
         target = np.empty_like(source)
         copy = _rate(lambda: np.copyto(target, source))
         hashed = _rate(lambda: xxhash.xxh3_64_intdigest(source.data))
-        return {
-            **{"copy": copy[0], "copy_core": copy[1]},
-            **{"hash": hashed[0], "hash_core": hashed[1]},
+        rates = {"copy": copy, "hash": hashed}
+        if self.quantises:
+            values = source.view(ml_dtypes.bfloat16).reshape(-1, 4096)
+            part = values[: len(values) // _SLOWER]
+            found = _rate(lambda: quantise(part))
+            rates["quantise"] = found[0] / _SLOWER, found[1] / _SLOWER
+        return {name: rate[0] for name, rate in rates.items()} | {
+            f"{name}_core": rate[1] for name, rate in rates.items()
         }
 
     def peak(self) -> dict[str, Any]:
@@ -285,7 +304,8 @@ class Sampler(Rank):
 
     def check(self) -> dict[str, Any]:
         """Whether the arrays that came last are right, each bit of them."""
-        wanted = tiles_with_content(self.layout, self.rank)
+        source = self.plan.source if self.quantises else None
+        wanted = tiles_with_content(self.layout, self.rank, source)
         wrong = [
             self.layout.leaves[number].name
             for (number, which), tile in wanted.items()
@@ -345,6 +365,7 @@ def main() -> None:
                 settings["counts"],
                 settings["transport"],
                 settings["threads"],
+                settings["quantise"],
             )
         except Exception as error:
             say({"error": f"{type(error).__name__}: {error}"})

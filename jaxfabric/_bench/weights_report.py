@@ -36,13 +36,14 @@ bare writes. The span is from the leave to write until the last write's end: it 
 it what writes wait for, buckets that are not packed yet, and slots that receivers have
 not emptied. In core seconds transfer is all that no other phase is. Where several
 threads pack or unpack, a phase is its share of the time in which any of them does.
-The memory-traffic floor is pack, unpack and take (a copy
+The memory-traffic floor is pack (or to quantise, instead), unpack and take (a copy
 each; one more for the write over shm), and two checksums, at the rates that all ranks
-together copied and hashed just before. Gather and broadcast has neither checksums nor
-versions; JAX's transfers go through loopback sockets, whatever the transport. Grew:
-the peak of a process's memory in its first push, above what it had before it had a
-Sender or Receiver. The bound is their stats()["bytes"]; over shm a sender's process
-has the receivers' rings mapped, too, and what was taken is the sampler's own."""
+together copied, quantised and hashed just before. Gather and broadcast has neither
+checksums nor versions; JAX's transfers go through loopback sockets, whatever the
+transport. Grew: the peak of a process's memory in its first push, above what it had
+before it had a Sender or Receiver. The bound is their stats()["bytes"]; over shm a
+sender's process has the receivers' rings mapped, too, and what was taken is the
+sampler's own."""
 
 
 def show(result: dict[str, Any]) -> None:
@@ -55,7 +56,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['machine_line']}; load afterwards {result['machine']['load_after']}",
         f"{result['nbytes'] / _GIB:.3g} GiB in {result['leaves']} leaves, "
         f"{settings['sources']} -> {settings['targets']} processes, "
-        f"{settings['rounds']} rounds",
+        f"{settings['rounds']} rounds"
+        + (", quantised to e4m3 on the way" if settings["quantise"] else ""),
     ):
         console.print(rich.text.Text(line))
     for found in result["results"]:
@@ -82,16 +84,23 @@ class Row(NamedTuple):
 
 def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[Row]:
     """All lines, the wire first."""
-    nbytes, floors = result["nbytes"], found["floors"]
+    nbytes, floors = result["target_nbytes"], found["floors"]
+    quantised = result["nbytes"] if result["settings"]["quantise"] else 0
 
-    def floor(name: str, copies: int, hashes: int) -> Row:
+    def floor(name: str, copies: int, hashes: int, quantised: int = 0) -> Row:
         wall, core = (
-            [traffic_s(nbytes, copies, hashes, floor, kind) for floor in floors]
+            [
+                traffic_s(nbytes, copies, hashes, floor, kind)
+                + (quantised / floor["quantise" + kind] if quantised else 0)
+                for floor in floors
+            ]
             for kind in ("", "_core")
         )
         return Row(name, wall, core)
 
     copies = sum(_COPIES.values()) + (found["transport"] == "shm")
+    if quantised:
+        copies -= _COPIES["pack"]
     rows = [
         Row(
             "wire",
@@ -99,8 +108,10 @@ def rows_of(result: dict[str, Any], found: dict[str, Any]) -> list[Row]:
             [floor["wire_core_s"] for floor in floors],
         ),
         floor("memcpy, once", 1, 0),
-        floor("memory-traffic floor of a push", copies, _HASHES),
+        floor("memory-traffic floor of a push", copies, _HASHES, quantised),
     ]
+    if quantised:
+        rows.append(floor("quantising, once", 0, 0, quantised))
     pushes = found["rounds"].get("push", [])
     if pushes:
         core = [push["core"]["transfer"] for push in pushes]

@@ -46,6 +46,9 @@ _Threads = Annotated[
         "number of cores by default.",
     ),
 ]
+_Quantise = Annotated[
+    bool, typer.Option("--quantise", help="To e4m3 in blocks; the push alone.")
+]
 _PlanOnly = Annotated[bool, typer.Option("--plan-only", help="The cost model alone.")]
 _JsonFile = Annotated[
     pathlib.Path | None, typer.Option("--json", help="Write everything here.")
@@ -60,6 +63,7 @@ def weights(
     subjects: _Subjects = None,
     rounds: _Rounds = 5,
     threads: _Threads = None,
+    quantise: _Quantise = False,
     plan_only: _PlanOnly = False,
     json_file: _JsonFile = None,
 ) -> None:
@@ -70,7 +74,8 @@ def weights(
     if plan_only:
         typer.echo(weights_report.plan_only())
         return
-    listed = subjects.split(";") if subjects else weights_benchmark.SUBJECTS
+    every = weights_benchmark.SUBJECTS[:1] if quantise else weights_benchmark.SUBJECTS
+    listed = subjects.split(";") if subjects else every
     try:
         settings = weights_benchmark.Settings(
             nbytes=weights_benchmark.parse_bytes(nbytes),
@@ -80,6 +85,7 @@ def weights(
             subjects=tuple(name.strip() for name in listed),
             rounds=rounds,
             threads=threads,
+            quantise=quantise,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
