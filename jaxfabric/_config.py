@@ -97,8 +97,9 @@ def misspelt_variables() -> dict[str, str]:
 
 def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings:
     kind = _KINDS.get(name, int)
+    converted: Any
     try:
-        converted = None if value is None else kind(value)
+        converted = None if value is None and kind is str else kind(value)
     except (TypeError, ValueError):
         raise ValueError(
             f"{source}={value!r}: expected {kind.__name__}, as in the table of "

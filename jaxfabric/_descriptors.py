@@ -95,8 +95,8 @@ class Exchange:
                 number = connection.recv(_NUMBER_BYTES, socket.MSG_WAITALL)
                 process = int.from_bytes(number, "little")
                 if process in missing:
+                    missing.remove(process)  # it has come, even if it has gone again
                     socket.send_fds(connection, [b"fds"], list(mine))
-                    missing.remove(process)
 
     def _receive(self, process: int, link: socket.socket) -> list[int]:
         expected = len(self._ranks[process])

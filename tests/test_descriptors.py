@@ -47,7 +47,7 @@ class Meeting:
     """A rendezvous of threads."""
 
     def __init__(
-        self, parties: int, timeout_s: float, met: Callable[[], object] | None = None
+        self, parties: int, timeout_s: float, met: Callable[[], Any] | None = None
     ) -> None:
         self.timeout_s = timeout_s
         self._payloads: list[bytes] = []
@@ -57,6 +57,10 @@ class Meeting:
         self._payloads.append(payload)
         self._met.wait(self.timeout_s)
         return list(self._payloads)
+
+
+def alone(name: str) -> Any:
+    return Alone(name)
 
 
 class Alone:
@@ -117,7 +121,7 @@ def test_a_process_with_too_few_is_named() -> None:
 
 
 def test_a_process_that_has_ended_is_named() -> None:
-    exchange = Exchange(WHAT, 0, {0: [0], 1: [1, 3]}, Alone("nobody"))
+    exchange = Exchange(WHAT, 0, {0: [0], 1: [1, 3]}, alone("nobody"))
     with pytest.raises(
         jf.PeerLostError, match=r"process 1 \(ranks \[1, 3\]\) ended"
     ) as e:
@@ -129,7 +133,7 @@ def test_a_process_that_does_not_answer_is_named() -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(b"\0jaxfabric-test-silent")
         silent.listen(1)
-        exchange = Exchange(WHAT, 0, {0: [0], 1: [1]}, Alone("jaxfabric-test-silent"))
+        exchange = Exchange(WHAT, 0, {0: [0], 1: [1]}, alone("jaxfabric-test-silent"))
         began = time.monotonic()
         with pytest.raises(
             jf.DeadlineError, match=r"process 1 .* did not answer in 0\.5"
