@@ -10,7 +10,7 @@ from transfer_cases import PATIENCE_S, until
 from weights_cases import assert_tiles, jobs, mesh, whole_arrays
 
 import jaxfabric as jf
-from jaxfabric.weights import _frames
+from jaxfabric.weights import _frames, _pack, _slot
 
 SOURCE = tree(mesh(1), leaf("w", (64, 1 << 16)))
 BUCKET_BYTES = 1 << 18
@@ -56,7 +56,8 @@ def test_a_ring_that_cannot_be_written_keeps_no_staging() -> None:
         (sender,) = both.senders
         until(lambda: len(sender._targets) == 1)
         (target,) = sender._targets.values()
-        ring = {"slots": 4, "id": (1 << 26) - 3, "memory": ""}
+        cut = _slot.cut_of(target.buckets, _pack.STRIP_BYTES)
+        ring = {"slots": 4, "id": (1 << 26) - 3, "memory": "", "cut": cut}
         target.memory, memory = None, target.memory
         with pytest.raises(jf.FabricError, match="ring is malformed"):
             sender._on_ready(target, ring)

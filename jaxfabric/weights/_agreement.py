@@ -27,6 +27,7 @@ class Agreement:
 
     Args:
       advance: called on any thread once a version is let go of.
+      missing: says why a version has not come.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Agreement:
         rank: int,
         leader: bytes | None,
         advance: Callable[[], object],
+        missing: Callable[[], str],
     ) -> None:
         self._engine, self._versions, self._advance = engine, versions, advance
         self._ranks, self._rank = tuple(ranks), rank
+        self._missing = missing
         self._number = 0  # of the last report
         self._answer: tuple[str, int] | None = None  # to it
         self._lost: FabricError | None = None
@@ -132,6 +135,7 @@ class Agreement:
             f"Receiver.take: version {version} has not come after {timeout_s} s; the "
             f"newest is {versions.newest}"
             + (f", and {versions.filling} is on its way" if versions.filling else "")
+            + f"; {self._missing()}"
         )
 
     def _wait_for_answer(self, until: float, timeout_s: float) -> tuple[str, int]:

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from typing import Any
 
 from jaxfabric._errors import FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric._transfer_memory import Region
-from jaxfabric.weights import _frames
+from jaxfabric.weights import _frames, _pack
 from jaxfabric.weights._agreement import Agreement
 from jaxfabric.weights._buckets import Bucket, largest
 from jaxfabric.weights._crew import Crew, Dropped
+from jaxfabric.weights._engine_use import take_ids
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
 from jaxfabric.weights._pack import Strip, unpacking
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
-from jaxfabric.weights._slot import (
-    HEADER_BYTES,
-    Checksum,
-    claimed,
-    is_whole,
-)
-from jaxfabric.weights._source import Source
+from jaxfabric.weights._slot import HEADER_BYTES, Checksum, claimed, cut_of, is_whole
+from jaxfabric.weights._source import Source, difference, joint_origin, missing
 from jaxfabric.weights._tiles import empty_tiles
 from jaxfabric.weights._versions import Versions
-from jaxfabric.weights._watch import IDS_BEGIN, Watch
+from jaxfabric.weights._watch import Watch
 from jaxfabric.weights._worker import Worker
 
 _FOREVER_S = 1e9
 _RETIRE_S = 1.0
+_LEAVE_S = 5.0  # all together
 
 
 class Arrivals:
@@ -54,7 +52,7 @@ class Arrivals:
         self._plan_digest = b""
         self._buckets: dict[int, list[Bucket]] = {}  # by source rank
         self._rings: list[Region] = []  # also of those that are gone
-        self._next_id = self._connections = 0
+        self._connections = 0
         self._filling: object = None  # differs each time that a version begins
         self._spoilt = 0
         # At exit they end in the reverse order.
@@ -66,6 +64,7 @@ class Arrivals:
         self._agreement = Agreement(
             *(engine, self._versions, layout.ranks, rank, leader),
             lambda: self._worker.post(self._advance),
+            lambda: missing(self._sources, self._plan, self._versions.filling),
         )
         engine.submit_recvs(
             lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
@@ -135,16 +134,16 @@ class Arrivals:
         self._use_plan(source, whole)
         for other in list(self._sources.values()):
             if other is not source and other.rank == source.rank:
-                self._replace(other, "it was started again")
+                why = f"another Sender of rank {source.rank} is connected: "
+                why += "that was started again, or two addresses are of one rank"
+                self._replace(other, why)
         self._versions.forgive()
         source.buckets = self._buckets.get(source.rank, [])
         slot_bytes = HEADER_BYTES + largest(source.buckets)
         slots = max(1, min(self._slots, len(source.buckets)))
+        source.first_id = take_ids(self.engine, slots)
         source.ring = self.engine.alloc((slots, slot_bytes))
         self._rings.append(source.ring)
-        source.first_id, self._next_id = self._next_id, self._next_id + slots
-        if self._next_id > IDS_BEGIN:
-            raise FabricError("jf.weights: the engine's ids are used up: open another")
         for slot in range(slots):
             self._expect(source, slot)
         self._tell(
@@ -152,6 +151,7 @@ class Arrivals:
             slots=slots,
             id=source.first_id,
             memory=source.ring.desc.to_bytes().hex(),
+            cut=cut_of(source.buckets, _pack.STRIP_BYTES),
         )
 
     def _use_plan(self, source: Source, data: bytes) -> None:
@@ -166,7 +166,7 @@ class Arrivals:
         buckets = made.receives(self.rank)
         for other in list(self._sources.values()):
             if other is not source and other.ring is not None:
-                self._replace(other, "another plan has come")
+                self._replace(other, difference(source, made, other, self._plan))
         self._plan, self._plan_digest, self._buckets = made, digest, buckets
 
     def _replace(self, source: Source, why: str) -> None:
@@ -278,7 +278,7 @@ class Arrivals:
             return
         if any(source.offered != version for source in sources):
             return  # the others will offer it, too
-        origin = _joint_origin(sources)
+        origin = joint_origin(sources)
         known = version == versions.newest and origin == versions.origin
         if version < versions.newest or known:
             for source in sources:
@@ -347,14 +347,23 @@ class Arrivals:
         self._abandon(error, stays=True)
         self._retire(source)
 
-    def _retire(self, source: Source) -> None:
+    def _leave(self) -> None:
+        """Gives all back to the engine."""
+        until = time.monotonic() + _LEAVE_S
+        for source in list(self._sources.values()):
+            self._tell(source.peer, "refuse", version=0, why="the Receiver was closed")
+        for source in list(self._sources.values()):
+            del self._sources[source.peer]
+            self._retire(source, min(_RETIRE_S, max(0.01, until - time.monotonic())))
+
+    def _retire(self, source: Source, limit_s: float = _RETIRE_S) -> None:
         """Gives back a ring; what may still be written into it stays registered."""
         self._crew.drop()  # nobody reads it
         for wait in source.waits.values():
             wait.cancel()
         if source.ring is not None:
             with contextlib.suppress(FabricError):
-                self.engine.unregister_memory(source.ring, _RETIRE_S)
+                self.engine.unregister_memory(source.ring, limit_s)
                 self._rings.remove(source.ring)
 
     def _abandon(
@@ -384,10 +393,3 @@ class Arrivals:
     def _send(self, peer: int, data: bytes) -> None:
         with contextlib.suppress(FabricError):  # it is lost, which is noticed elsewhere
             self.engine.submit_send(peer, data)
-
-
-def _joint_origin(sources: list[Source]) -> int:
-    """Tells one trainer from another: all ranks of a sampler find the same."""
-    origins = sorted((source.rank, source.origin) for source in sources)
-    digest = hashlib.sha256(repr(origins).encode()).digest()
-    return int.from_bytes(digest[:7], "little")

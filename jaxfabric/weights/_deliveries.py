@@ -17,15 +17,16 @@ from jaxfabric._errors import (
 )
 from jaxfabric._net_addr import MrDesc
 from jaxfabric._transfer_engine import TransferEngine
-from jaxfabric.weights import _frames
+from jaxfabric.weights import _frames, _pack
 from jaxfabric.weights._buckets import largest
+from jaxfabric.weights._engine_use import IDS_BEGIN
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._outgoing import Outgoing
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
-from jaxfabric.weights._slot import HEADER_BYTES
+from jaxfabric.weights._slot import HEADER_BYTES, cut_of
 from jaxfabric.weights._target import Job, Target
-from jaxfabric.weights._watch import IDS_BEGIN, Watch
+from jaxfabric.weights._watch import Watch
 from jaxfabric.weights._worker import Worker
 
 _NAME_CHARS_MAX = 128
@@ -147,6 +148,11 @@ class Deliveries:
     def _on_ready(self, target: Target, fields: dict[str, Any]) -> None:
         if target.plan is None or target.memory is not None:
             return
+        if fields["cut"] != cut_of(target.buckets, _pack.STRIP_BYTES):
+            raise FabricError(
+                "jf.weights: the receiver cuts the plan into other buckets: run the "
+                "same jaxfabric on both sides"
+            )
         slots = fields["slots"]
         if not 1 <= slots <= 1 << 16 or fields["id"] + slots > IDS_BEGIN:
             raise FabricError("jf.weights: a receiver's ring is malformed")
@@ -320,9 +326,13 @@ class Deliveries:
         self._end(target, _judged(target, error))
 
     def _expire(self, job: Job) -> None:
+        """Ends it, with what each receiver has not done."""
         why = "the time limit of the push has passed"
         if not job.computed():
             why += ", and its parameters are not computed yet"
+        for target in list(self._targets.values()):
+            if target.job is job:
+                self._give_up(target, DeadlineError(f"{why}: {target.lacks()}"))
         self._stop(job, DeadlineError(why))
 
     def _cancel(self, handle: Push) -> None:

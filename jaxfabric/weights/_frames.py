@@ -25,7 +25,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "connection": is_u64,  # what answers it says so: older ones may cross it
         "nbytes": is_u64,
     },
-    "ready": {"slots": is_u64, "id": is_u64, "memory": is_text},
+    "ready": {"slots": is_u64, "id": is_u64, "memory": is_text, "cut": is_u64},
     "go": {"version": is_u64},
     "have": {"version": is_u64, "verify_us": is_u64, "unpack_us": is_u64},
     # either way: a version, or all of them (version 0), will not come about

@@ -11,8 +11,9 @@ from concurrent.futures import Future
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric._transfer_future import TransferFuture
 from jaxfabric.weights._crew import Crew
+from jaxfabric.weights._slot import Bytes
 from jaxfabric.weights._staging import Staging
-from jaxfabric.weights._target import Target
+from jaxfabric.weights._target import Job, Target
 from jaxfabric.weights._writer import Begun, Writer
 
 
@@ -75,10 +76,9 @@ class Outgoing:
             self._write(target, number)
 
     def _write(self, target: Target, number: int) -> None:
-        job, made, memory = target.job, target.plan, target.memory
+        job, made = target.job, target.plan
         assert job is not None
         assert made is not None
-        assert memory is not None
         bucket = target.buckets[number]
         staged = self.staging.free.pop()
         target.staged += 1
@@ -90,6 +90,14 @@ class Outgoing:
             target.again.append(number)  # it was not sent
             self._unpacked(target, error)
             return
+        self._submit(target, job, number, staged, slot_bytes)
+
+    def _submit(
+        self, target: Target, job: Job, number: int, staged: int, slot_bytes: Bytes
+    ) -> None:
+        """Begins to write a bucket that is packed."""
+        memory = target.memory
+        assert memory is not None
         slot = target.slots.pop()
         target.under_way[slot] = job.version, number
         target.uncounted += 1
@@ -155,6 +163,9 @@ class Outgoing:
         self._post(self.pump)
 
     def close(self) -> None:
-        """Ends its threads; after the worker's."""
+        """Ends its threads, after the worker's, and gives memory back."""
         self._writer.close()
         self._crew.close()
+        if not self._engine.closed:
+            self._engine.drain()
+            self.staging.close()

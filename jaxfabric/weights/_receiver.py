@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from jaxfabric._errors import DeadlineError, FabricError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._arrivals import Arrivals
 from jaxfabric.weights._crew import thread_count
+from jaxfabric.weights._engine_use import claimed_by, release
 from jaxfabric.weights._layout import TreeLayout
-from jaxfabric.weights._shards import target_tree
+from jaxfabric.weights._shards import check_like, target_tree
 from jaxfabric.weights._source import Source
 from jaxfabric.weights._tiles import TilesByKey
 
@@ -54,7 +56,9 @@ class Receiver(Arrivals):
         cores that the process may use, up to 4.
 
     Raises:
-      ValueError: the layout has no such rank, or ``threads`` is below 1.
+      ValueError: the layout has no such rank, or a number is too small.
+      FabricError: ``like`` is not of the ``layout``; or the engine is closed, or
+        another's.
 
     Example::
 
@@ -80,11 +84,17 @@ class Receiver(Arrivals):
         described = TreeLayout.of(like) if layout is None else layout
         if rank not in described.ranks:
             raise ValueError(f"Receiver: rank={rank} is none of {described.ranks[:16]}")
+        if slots < 1:
+            raise ValueError(f"Receiver: slots={slots} must be above 0")
+        check_like(described, like, rank)
         self._like = like
         self._current: Taken | None = None
         self._taken = (0, 0)
         self._closed = False
-        super().__init__(engine, described, rank, leader, slots, thread_count(threads))
+        with claimed_by(engine, self):
+            super().__init__(
+                engine, described, rank, leader, slots, thread_count(threads)
+            )
 
     def address(self) -> bytes:
         """What other ranks of the sampler take as ``leader``."""
@@ -108,9 +118,14 @@ class Receiver(Arrivals):
         Raises:
           PeerLostError, DeadlineError: an address is stale, or does not answer.
           FabricError: a sender refuses, for instance since no plan leads from its
-            layout to this one; it says why.
+            layout to this one; it says why. Or this Receiver is closed.
+          ValueError: there are no addresses, or the limit is not finite.
         """
-        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
+        limit_s = self._limit("connect", timeout_s)
+        if not addresses:
+            raise ValueError("Receiver.connect: there are no addresses")
+        if self._closed:
+            raise FabricError("Receiver.connect: the Receiver is closed")
         until = time.monotonic() + limit_s
         peers = [self.engine.connect(address, limit_s) for address in addresses]
         numbers = [future.result() for future in peers]
@@ -128,9 +143,12 @@ class Receiver(Arrivals):
             if not self._versions.changed.wait_for(
                 answered, max(0.0, until - time.monotonic())
             ):
+                joined = {source.peer for source in asked if source.joined}
+                late = [i for i, number in enumerate(numbers) if number not in joined]
                 raise DeadlineError(
-                    f"Receiver.connect: not all of {len(numbers)} senders have "
-                    f"answered after {limit_s} s"
+                    f"Receiver.connect: after {limit_s} s addresses {late[:16]} of "
+                    f"{len(numbers)} have not answered: are these senders alive, or "
+                    "still busy with a plan?"
                 )
         for source in asked:
             if source.failure is not None:
@@ -152,11 +170,11 @@ class Receiver(Arrivals):
         Raises:
           DeadlineError: it has not come in time. What was taken before stays valid.
           PeerLostError: a sender is lost, whose part is missing.
-          FabricError: the sender has given the version up, and says why.
+          FabricError: the sender has given the version up, and says why. Or this
+            Receiver is closed.
+          ValueError: the limit is not finite.
         """
-        limit_s = self.engine.timeout_s if timeout_s is None else timeout_s
-        if self.engine.closed:
-            raise FabricError("Receiver.take: its TransferEngine is closed")
+        limit_s = self._limit("take", timeout_s)
         key = self._agreement.agree(max(1, min_version), limit_s)
         try:
             if self._current is None or self._taken != key:
@@ -166,6 +184,15 @@ class Receiver(Arrivals):
             self._versions.release()
         self._worker.post(self._advance)
         return self._current
+
+    def _limit(self, what: str, timeout_s: float | None) -> float:
+        """Seconds that a call may take; raises if it cannot be made at all."""
+        limit_s = self.engine.timeout_s if timeout_s is None else float(timeout_s)
+        if not math.isfinite(limit_s):
+            raise ValueError(f"Receiver.{what}: timeout_s={timeout_s} is not finite")
+        if self.engine.closed:
+            raise FabricError(f"Receiver.{what}: its TransferEngine is closed")
+        return limit_s
 
     def _tree(self, tiles: TilesByKey) -> Any:
         return target_tree(self.layout, self._like, tiles)
@@ -194,13 +221,14 @@ class Receiver(Arrivals):
             return
         self._closed = True
         self._versions.fail(FabricError("the Receiver was closed"), stays=True)
-        for peer in list(self._sources):
-            self._tell(peer, "refuse", version=0, why="the Receiver was closed")
+        if not self.engine.closed:
+            self._worker.post(self._leave)
         self._worker.close()
         self._crew.close()
         if not self.engine.closed:
             self.engine.submit_recvs(None)
             self.engine.drain()
+        release(self.engine)
 
     def __enter__(self) -> Receiver:
         return self

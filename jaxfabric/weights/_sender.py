@@ -15,6 +15,7 @@ from jaxfabric._errors import CapacityError, FabricError, PlanMismatchError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._crew import thread_count
 from jaxfabric.weights._deliveries import Deliveries
+from jaxfabric.weights._engine_use import claimed_by, release
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import Rename
 from jaxfabric.weights._plan import BUCKET_BYTES, Plan
@@ -49,7 +50,8 @@ class Sender(Deliveries):
         cores that the process may use, up to 4.
 
     Raises:
-      ValueError: the layout has no such rank, or ``threads`` is below 1.
+      ValueError: the layout has no such rank, or a number is too small.
+      FabricError: the engine is closed, or another's.
 
     Example::
 
@@ -80,6 +82,8 @@ class Sender(Deliveries):
             raise ValueError("Sender: plan= leads from another layout than layout=")
         if rank not in layout.ranks:
             raise ValueError(f"Sender: rank={rank} is none of {layout.ranks[:16]}")
+        if staging < 1 or host_bytes < 0:
+            raise ValueError(f"Sender: staging={staging}, host_bytes={host_bytes}")
         self.layout = layout
         self._plan = plan
         self._make_plan = functools.partial(
@@ -96,12 +100,13 @@ class Sender(Deliveries):
         self._closed = False
         self._pushed = 0
         self._handles: list[Push] = []
-        super().__init__(
-            *(engine, rank, self._plan_of),
-            plan.bucket_bytes if plan else bucket_bytes,
-            staging,
-            thread_count(threads),
-        )
+        with claimed_by(engine, self):
+            super().__init__(
+                *(engine, rank, self._plan_of),
+                plan.bucket_bytes if plan else bucket_bytes,
+                staging,
+                thread_count(threads),
+            )
 
     def address(self) -> bytes:
         """What `Receiver.connect` takes."""
@@ -207,10 +212,10 @@ class Sender(Deliveries):
             self._closed = True
             self._worker.post(self._leave)
         self._worker.close()
-        self._outgoing.close()
         if not self.engine.closed:
             self.engine.submit_recvs(None)
-            self.engine.drain()
+        self._outgoing.close()
+        release(self.engine)
 
     def __enter__(self) -> Sender:
         return self

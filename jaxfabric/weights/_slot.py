@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxfabric._errors import FabricError
+from jaxfabric.weights._buckets import Bucket
 
 # version, bucket, nbytes, checksum of these and of all strips' checksums
 _HEADER = struct.Struct("<QIIQ")
@@ -45,6 +46,16 @@ class Checksum:
         sums = [self._sums[strip] for strip in sorted(self._sums)]
         data = _HEADER.pack(*self._fields, 0) + struct.pack(f"<{len(sums)}Q", *sums)
         return _HEADER.pack(*self._fields, self._one(data))
+
+
+def cut_of(buckets: Sequence[Bucket], strip_bytes: int) -> int:
+    """A number that two sides share which cut a plan into the same buckets and strips.
+
+    Each computes them, so that another jaxfabric may find others.
+    """
+    sizes = [n for bucket in buckets for n in (bucket.nbytes, len(bucket.moves))]
+    found = _xxhash().xxh3_64_intdigest(repr((strip_bytes, sizes)).encode())
+    return int(found)
 
 
 def seal(slot: Bytes, checksum: Checksum) -> None:

@@ -1,14 +1,17 @@
-"""A trainer's rank, as the receiver sees it: its buckets and the ring they come to."""
+"""A trainer's ranks, as the receiver sees them: buckets, and the rings they come to."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from jaxfabric._errors import FabricError
 from jaxfabric._transfer_memory import Region
 from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._frames import Parts
+from jaxfabric.weights._plan import Plan
 
 
 @dataclasses.dataclass
@@ -54,3 +57,44 @@ class Source:
     def complete(self) -> bool:
         """Whether all of the version has come."""
         return len(self.taken) == len(self.buckets)
+
+
+def joint_origin(sources: list[Source]) -> int:
+    """Tells one trainer from another: all ranks of a sampler find the same."""
+    origins = sorted((source.rank, source.origin) for source in sources)
+    digest = hashlib.sha256(repr(origins).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def missing(sources: Mapping[int, Source], plan: Plan | None, filling: int) -> str:
+    """Why a version has not come, as far as is known. Any thread."""
+    ready = [one for one in list(sources.values()) if one.ring is not None]
+    if plan is None or not ready:
+        return "no trainer is connected: connect() to the addresses of its ranks"
+    absent = sorted(set(plan.source.ranks) - {one.rank for one in ready})
+    if absent:
+        return (
+            f"ranks {absent[:16]} of the trainer are not connected: connect() to the "
+            "addresses of all of them"
+        )
+    if filling:
+        part = sorted(one.rank for one in ready if not one.complete)
+        return f"ranks {part[:16]} of the trainer have not sent all of it"
+    newest = max(one.offered for one in ready)
+    late = sorted(one.rank for one in ready if one.offered < newest)
+    if late:
+        return f"ranks {late[:16]} of the trainer have not pushed version {newest}"
+    return "the trainer has not pushed it, or has given it up"
+
+
+def difference(source: Source, made: Plan, other: Source, known: Plan | None) -> str:
+    """Why two ranks of a trainer cannot send together."""
+    what = "rename=, cast= or scales= differ"
+    if known is not None and known.source != made.source:
+        what = "their layouts differ"
+    elif known is not None and known.bucket_bytes != made.bucket_bytes:
+        what = f"bucket_bytes={made.bucket_bytes} and {known.bucket_bytes}"
+    return (
+        f"rank {source.rank} of the trainer has another plan than rank {other.rank} "
+        f"({what}): give all of its ranks the same options"
+    )

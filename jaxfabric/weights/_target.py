@@ -119,6 +119,18 @@ class Target:
         """
         return self.went and self.next == len(self.buckets) and not self.again
 
+    def lacks(self) -> str:
+        """What its job waits for."""
+        if not self.went:
+            return (
+                "it has not let this rank write; its take() says which ranks of the "
+                "trainer it is not connected to, or have not pushed the version, or "
+                "whether take() itself is late"
+            )
+        if self.next < len(self.buckets):
+            return f"{self.next} of {len(self.buckets)} buckets were written"
+        return "it has not said that it has it"
+
     def revoke(self) -> None:
         """Takes back what is packed, and not begun to be written: it was not sent."""
         for call, number in list(self.handed.items()):

@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxfabric._errors import FabricError, PeerLostError
 from jaxfabric._transfer_engine import TransferEngine
+from jaxfabric.weights._engine_use import IDS_BEGIN
 
 _FOREVER_S = 1e9
-IDS_BEGIN = 1 << 26  # ids of other uses are below
 _ids = itertools.cycle(range(IDS_BEGIN, 1 << 27))
 
 
