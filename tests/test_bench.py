@@ -436,9 +436,55 @@ def test_it_draws(tmp_path: pathlib.Path) -> None:
         (("--kinds", "double"), "'double' is none of single, paged, scatter"),
         (("--sizes", "3KiB"), "power of two"),
         (("--subjects", "nccl"), "'nccl' is none of memcpy"),
+        (("--transport", "shm,nope"), "'nope' is none of shm, verbs, ofi/efa-direct"),
+        (("--transport", "fake"), "'fake' is none of shm"),  # joins no processes
+        (("--transport", " "), "is empty"),
     ],
 )
-def test_bad_options_are_refused(arguments: tuple[str, str], words: str) -> None:
+def test_bad_options_are_refused(
+    arguments: tuple[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(put, "run", lambda *_: pytest.fail("it has started"))
     result = CliRunner().invoke(_bench_app.app, ["put", *arguments])
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["kv", "moe"])
+def test_no_benchmark_starts_with_a_transport_that_there_is_not(command: str) -> None:
+    result = CliRunner().invoke(_bench_app.app, [command, "--transport", "nope"])
+    assert result.exit_code == 2
+    assert "'nope' is none of shm" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("floor", "code"), [("", 1), (",sockets", 0)])
+def test_a_transport_that_cannot_be_used_is_said_once(
+    floor: str, code: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXFABRIC_LIBFABRIC", "/nowhere/libfabric.so.1")
+    file = tmp_path / "put.json"
+    subjects = ("--subjects", f"jaxfabric{floor}", "--transport", "ofi/tcp")
+    result = CliRunner().invoke(
+        _bench_app.app, ["put", "--quick", *subjects, "--json", str(file)]
+    )
+    assert result.exit_code == code, result.output
+    assert result.output.count("/nowhere/libfabric.so.1") == 1
+    assert ("nothing was measured" in result.output) == bool(code)
+    assert ("single 64 KiB" in result.output) == (not code)
+    rows = json.loads(file.read_text())["rows"]
+    ours = [row for row in rows if row["role"] == "ours"]
+    assert len(ours) == 3 * 3  # kinds, sizes
+    for row in ours:
+        assert "/nowhere/libfabric.so.1" in row["reason"]
+
+
+def test_a_reason_that_differs_stays_beside_its_case() -> None:
+    cases_ = [dataclasses.replace(SMALL, size=size) for size in (1 << 10, 1 << 12)]
+    one = summarize(1, [Measurement([1e-6], 1, 1.0)])
+    rows = [
+        *(Row(case, "never", "peer", "shm", None, "gone") for case in cases_),
+        *(Row(c, "twice", "peer", "shm", None, c.label) for c in cases_),
+        Row(cases_[0], "once", "peer", "shm", one),
+        Row(cases_[1], "once", "peer", "shm", None, "gone"),
+    ]
+    assert report.failed_throughout(rows) == {"never": "gone"}

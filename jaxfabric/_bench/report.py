@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import rich.console
 import rich.table
@@ -25,17 +26,31 @@ A software NIC or the loopback interface proves nothing about hardware speed."""
 
 
 def show(result: Result) -> None:
-    """Prints the table, and every case that a peer wins."""
+    """Prints the tables, every case that a peer wins, and what was not measured."""
     console = rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=_COLUMNS)
     console.print(rich.text.Text(machine_text(result)))
-    for case in dict.fromkeys(row.case for row in result.rows):
-        rows = [row for row in result.rows if row.case == case]
-        console.print(_table(case, rows))
-    console.print(rich.text.Text(NOTES))
-    for line in verdict(result):
+    absent = failed_throughout(result.rows)
+    shown = [row for row in result.rows if row.subject not in absent]
+    for case in dict.fromkeys(row.case for row in shown):
+        console.print(_table(case, [row for row in shown if row.case == case]))
+    if shown:
+        console.print(rich.text.Text(NOTES))
+    for line in (*verdict(result), *(f"{s}: {absent[s]}" for s in absent)):
         console.print(rich.text.Text(line))
+
+
+def failed_throughout(rows: Sequence[Row]) -> dict[str, str]:
+    """The subjects that failed for one reason in all their cases, and the reason."""
+    reasons: dict[str, set[str]] = {}
+    for row in rows:
+        reasons.setdefault(row.subject, set()).add(row.reason)
+    return {
+        subject: reason
+        for subject, (reason, *others) in reasons.items()
+        if reason and not others
+    }
 
 
 def machine_text(result: Result) -> str:

@@ -6,11 +6,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxfabric._cli import _bench_weights
+
+if TYPE_CHECKING:
+    from jaxfabric._bench import put as put_benchmark
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command(help=_bench_weights.HELP)(_bench_weights.weights)
@@ -57,6 +60,15 @@ def _listed(
     if not found:
         raise typer.BadParameter("is empty", param_hint=option)
     return found
+
+
+def _chosen_transports(text: str) -> tuple[str, ...]:
+    from jaxfabric._mesh import TRANSPORTS
+
+    # The fake one joins nothing but engines of one process.
+    return _listed(
+        text, tuple(name for name in TRANSPORTS if name != "fake"), "--transport"
+    )
 
 
 _Transports = Annotated[
@@ -135,7 +147,7 @@ def put(
         raise typer.BadParameter(str(error), param_hint="--sizes") from None
     families = put_benchmark.FAMILIES
     settings = put_benchmark.Settings(
-        transports=tuple(t.strip() for t in transport.split(",") if t.strip()),
+        transports=_chosen_transports(transport),
         kinds=_listed(kinds, case.KINDS, "--kinds"),
         sizes=chosen or case.SIZES,
         subjects=_listed(subjects or ",".join(families), families, "--subjects"),
@@ -151,11 +163,20 @@ def put(
         settings.quick() if quick else settings,
         lambda line: typer.echo(line, err=True),
     )
+    _reported(result, json_file)
+    if plot_file is not None:
+        _plotted(lambda: report.plot(result, plot_file))
+
+
+def _reported(result: put_benchmark.Result, json_file: pathlib.Path | None) -> None:
+    from jaxfabric._bench import report
+
     report.show(result)
     if json_file is not None:
         report.write_json(result, json_file)
-    if plot_file is not None:
-        _plotted(lambda: report.plot(result, plot_file))
+    if all(row.figures is None for row in result.rows):
+        typer.echo("nothing was measured", err=True)
+        raise typer.Exit(1)
 
 
 _KV_HELP = """Writes of KV pages, by page size: pages/s, MB/s, operations/s, p50, p99.
@@ -189,7 +210,7 @@ def kv(
     json_file: _JsonFile = None,
     quick: _Quick = False,
 ) -> None:
-    from jaxfabric._bench import case, report
+    from jaxfabric._bench import case
     from jaxfabric._bench import kv as kv_benchmark
     from jaxfabric._bench import put as put_benchmark
 
@@ -199,7 +220,7 @@ def kv(
         raise typer.BadParameter(str(error), param_hint="--page-sizes") from None
     families = put_benchmark.FAMILIES
     settings = put_benchmark.Settings(
-        transports=tuple(t.strip() for t in transport.split(",") if t.strip()),
+        transports=_chosen_transports(transport),
         subjects=_listed(subjects or ",".join(families), families, "--subjects"),
         rounds=1 if quick else rounds,
         seconds=0.01 if quick else seconds,
@@ -211,9 +232,7 @@ def kv(
     result = kv_benchmark.run(
         settings, lengths, pages, lambda line: typer.echo(line, err=True)
     )
-    report.show(result)
-    if json_file is not None:
-        report.write_json(result, json_file)
+    _reported(result, json_file)
 
 
 _MOE_HELP = """Dispatch and combine inside jit: microseconds, p50 and p99, and floors.
@@ -287,7 +306,13 @@ def moe(
 ) -> None:
     from jaxfabric._bench import moe as moe_benchmark
     from jaxfabric._bench import moe_case, moe_report
+    from jaxfabric._mesh import TRANSPORTS
 
+    if transport is not None and transport not in TRANSPORTS:
+        raise typer.BadParameter(
+            f"{transport!r} is none of {', '.join(TRANSPORTS)}",
+            param_hint="--transport",
+        )
     gpus = moe_benchmark.gpu_count()
     platform = platform or ("cuda" if gpus else "cpu")
     on_cpu = platform == "cpu"
