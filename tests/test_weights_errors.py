@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from typing import Any
 
@@ -12,7 +13,7 @@ from transfer_cases import PATIENCE_S, engine
 from weights_cases import TileReceiver, TileSender, assert_tiles, jobs, mesh
 
 import jaxfabric as jf
-from jaxfabric.weights import _deliveries
+from jaxfabric.weights import TreeLayout, _deliveries
 from jaxfabric.weights._engine_use import IDS_BEGIN, take_ids
 
 SOURCE = tree(mesh(2), leaf("w", (64, 96), "a"))
@@ -145,3 +146,33 @@ def test_what_is_closed_gives_its_engine_back(transport: str) -> None:
                     sender.close()
             gc.collect()
             assert (len(own._regions), len(theirs._regions)) == before
+
+
+def test_what_was_taken_stays_what_it_is() -> None:
+    """Later calls give it again: it cannot be changed, and may be donated."""
+    jax = pytest.importorskip("jax")
+    like = {"here": np.zeros(8, np.float32), "there": jax.numpy.zeros(8)}
+    params = {name: np.arange(8, dtype=np.float32) for name in like}
+    with (
+        engine("shm") as own,
+        engine("shm") as theirs,
+        jf.weights.Sender(own, TreeLayout.of(params)) as sender,
+        jf.weights.Receiver(theirs, like) as receiver,
+    ):
+        receiver.connect([sender.address()])
+        sender.push(params, 1).wait(PATIENCE_S)
+        taken = receiver.take(1).params
+        with pytest.raises(ValueError, match="read-only"):
+            taken["here"] *= 0
+        assert receiver.take().params is taken
+        taken["there"].delete()
+        for values in receiver.take().params.values():
+            assert (np.asarray(values) == params["here"]).all()
+
+
+def test_a_plan_with_holes_is_refused_at_once() -> None:
+    made = jf.weights.plan(SOURCE, ONE)
+    holes = dataclasses.replace(made, links=())
+    with engine("shm") as own:
+        with pytest.raises(jf.PlanMismatchError, match="w"):
+            TileSender(own, SOURCE, plan=holes)

@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from jaxfabric._errors import DeadlineError, FabricError
 from jaxfabric._transfer_engine import TransferEngine
 from jaxfabric.weights._arrivals import Arrivals
@@ -165,7 +168,7 @@ class Receiver(Arrivals):
 
         Returns:
           The version and its arrays: the same ones as before if there is nothing
-          newer.
+          newer, so NumPy's cannot be written to; new ones if those were donated.
 
         Raises:
           DeadlineError: it has not come in time. What was taken before stays valid.
@@ -177,9 +180,10 @@ class Receiver(Arrivals):
         limit_s = self._limit("take", timeout_s)
         key = self._agreement.agree(max(1, min_version), limit_s)
         try:
-            if self._current is None or self._taken != key:
+            if self._current is None or self._taken != key or _gone(self._current):
                 self._current = Taken(key[0], self._tree(self._versions.front))
                 self._taken = key
+                _make_read_only(self._current)
         finally:
             self._versions.release()
         self._worker.post(self._advance)
@@ -235,3 +239,14 @@ class Receiver(Arrivals):
 
     def __exit__(self, *rest: object) -> None:
         self.close()
+
+
+def _gone(taken: Taken) -> bool:
+    leaves = jax.tree_util.tree_leaves(taken.params)
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
+
+
+def _make_read_only(taken: Taken) -> None:
+    for leaf in jax.tree_util.tree_leaves(taken.params):
+        if isinstance(leaf, np.ndarray):
+            leaf.flags.writeable = False

@@ -52,6 +52,7 @@ class Sender(Deliveries):
     Raises:
       ValueError: the layout has no such rank, or a number is too small.
       FabricError: the engine is closed, or another's.
+      PlanMismatchError: the plan leaves something out, or fills it twice.
 
     Example::
 
@@ -80,6 +81,8 @@ class Sender(Deliveries):
     ) -> None:
         if plan is not None and plan.source != layout:
             raise ValueError("Sender: plan= leads from another layout than layout=")
+        if plan is not None:
+            plan.check()
         if rank not in layout.ranks:
             raise ValueError(f"Sender: rank={rank} is none of {layout.ranks[:16]}")
         if staging < 1 or host_bytes < 0:
