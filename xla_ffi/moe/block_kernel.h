@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 
+#include "base/cache_line.h"
 #include "moe/float_formats.h"
 
 namespace jaxfabric::moe {
@@ -69,6 +70,9 @@ struct BlockShape {
   int64_t columns = 0;
   int64_t in_stride = 0;       // bytes from one row to the next
   int64_t payload_stride = 0;  // the same
+  // Whether the block to the right is next. Of its rows only a few cache lines
+  // lie together, too few for the processor to fetch them ahead by itself.
+  bool fetch_right = false;
 };
 
 // Writes the payload, and returns the scale.
@@ -82,6 +86,12 @@ JF_KERNEL float ScaleBlock(const BlockShape& shape, const std::byte* in,
   for (int64_t row = 0; row < shape.rows; ++row) {
     const auto* from =
         reinterpret_cast<const Unaligned<Element>*>(in + row * shape.in_stride);
+    if (shape.fetch_right) {
+      constexpr int64_t kLine = kCacheLineBytes / sizeof(Element);
+      for (int64_t i = 0; i < shape.columns; i += kLine) {
+        __builtin_prefetch(from + shape.columns + i);
+      }
+    }
 #pragma GCC ivdep
     for (int64_t i = 0; i < shape.columns; ++i) {
       largest =

@@ -51,11 +51,13 @@ JF_KERNEL void QuantiseFormat(const Matrix& values, uint8_t* payload,
           values.data + row * values.row_stride + column * values.column_stride;
       BlockShape shape = {std::min(values.rows - row, kScaleBlock),
                           std::min(values.columns - column, kScaleBlock),
-                          values.row_stride, values.columns};
+                          values.row_stride, values.columns,
+                          values.columns - column > kScaleBlock};
       if (values.column_stride != sizeof(Element)) {
         Gather(values, in, shape.rows, shape.columns, gathered);
         in = reinterpret_cast<const std::byte*>(gathered);
         shape.in_stride = kScaleBlock * sizeof(Element);
+        shape.fetch_right = false;
       }
       uint8_t* out = payload + row * values.columns + column;
       float scale;
@@ -98,8 +100,8 @@ QuantiseAvx512(const Matrix& values, uint8_t* payload, std::byte* scales) {
 }
 #endif
 
-void QuantiseMatrix(Isa isa, const Matrix& values, std::byte* payload,
-                    std::byte* scales) {
+void QuantiseMatrix([[maybe_unused]] Isa isa, const Matrix& values,
+                    std::byte* payload, std::byte* scales) {
   auto* const out = reinterpret_cast<uint8_t*>(payload);
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return QuantiseAvx512(values, out, scales);

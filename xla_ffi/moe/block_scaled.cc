@@ -129,8 +129,8 @@ Layout WithRowBytes(Layout layout, int64_t row_bytes) {
 
 }  // namespace
 
-void ScaleRowWith(Isa isa, const ScaledRows& rows, const std::byte* row,
-                  std::byte* scaled) {
+void ScaleRowWith([[maybe_unused]] Isa isa, const ScaledRows& rows,
+                  const std::byte* row, std::byte* scaled) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return ScaleAvx512(rows, row, scaled);
   if (isa == Isa::kAvx2) return ScaleAvx2(rows, row, scaled);
@@ -138,8 +138,8 @@ void ScaleRowWith(Isa isa, const ScaledRows& rows, const std::byte* row,
   ScaleType(rows, row, scaled);
 }
 
-void UnscaleRowWith(Isa isa, const ScaledRows& rows, const std::byte* scaled,
-                    std::byte* row) {
+void UnscaleRowWith([[maybe_unused]] Isa isa, const ScaledRows& rows,
+                    const std::byte* scaled, std::byte* row) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return UnscaleAvx512(rows, scaled, row);
   if (isa == Isa::kAvx2) return UnscaleAvx2(rows, scaled, row);
