@@ -23,7 +23,7 @@ class Rates(NamedTuple):
     write_s: float = 2e-6
     device_to_host: float = 50e9
     memory: float = 20e9
-    quantise: float = 5e9  # four threads, each as fast as a core was measured
+    quantise: float = 6e9  # four threads, each as fast as a core was measured
 
 
 class Estimate(NamedTuple):
