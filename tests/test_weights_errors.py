@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from typing import Any
@@ -72,6 +73,33 @@ def test_two_addresses_of_one_rank_are_told() -> None:
         addresses = [both.senders[0].address(), both.open_sender(0).address()]
         with pytest.raises(jf.FabricError, match="two addresses are of one rank"):
             both.receivers[0].connect(addresses)
+
+
+def test_ranks_of_two_runs_are_never_mixed() -> None:
+    with jobs("shm", SOURCE, ONE, join=False, run="first") as both:
+        receiver = both.receivers[0]
+        receiver.connect(both.addresses())
+        for push in both.push(arrays_of(1), 1):
+            push.wait(PATIENCE_S)
+        both.options["run"] = "second"
+        later = [both.open_sender(rank) for rank in (0, 1)]
+        match = "rank . of the trainer is of run '.*', and rank . of run '.*'"
+        with pytest.raises(jf.FabricError, match=match):
+            receiver.connect([both.addresses()[0], later[1].address()])
+        for number, senders in enumerate((both.senders, later)):
+            for sender in senders:
+                sender.push(arrays_of(2 + number), 2)
+        with contextlib.suppress(jf.FabricError):  # the first run may be there, whole
+            found = receiver.take(2, timeout_s=0.3).params[0, 0]
+            assert (found == 2).all()
+        receiver.connect([sender.address() for sender in later])
+        pushes = [sender.push(arrays_of(3), 3) for sender in later]
+        for push in pushes:
+            push.wait(PATIENCE_S)
+        assert_tiles(ONE, arrays_of(3), receiver.take(3).params)
+        both.options["run"] = 7
+        with pytest.raises(ValueError, match="run="):
+            both.open_sender(0)
 
 
 def test_other_buckets_of_the_same_plan_are_refused(

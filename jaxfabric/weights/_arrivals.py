@@ -21,7 +21,7 @@ from jaxfabric.weights._pack import Strip, unpacking
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import HEADER_BYTES, Checksum, claimed, cut_of, is_whole
-from jaxfabric.weights._source import Source, difference, joint_origin, missing
+from jaxfabric.weights._source import Source, clash, difference, joint_origin, missing
 from jaxfabric.weights._tiles import empty_tiles
 from jaxfabric.weights._versions import Versions
 from jaxfabric.weights._watch import Watch
@@ -86,6 +86,7 @@ class Arrivals:
                 return  # it crossed the greeting of this one
             if kind == "welcome":
                 source.rank, source.origin = fields["rank"], fields["origin"]
+                source.run = fields["run"]
                 source.parts = _frames.Parts(fields["nbytes"])
             elif kind == "joined":
                 with self._versions.changed:
@@ -133,9 +134,7 @@ class Arrivals:
         source.parts = None
         self._use_plan(source, whole)
         for other in list(self._sources.values()):
-            if other is not source and other.rank == source.rank:
-                why = f"another Sender of rank {source.rank} is connected: "
-                why += "that was started again, or two addresses are of one rank"
+            if other is not source and (why := clash(source, other)):
                 self._replace(other, why)
         self._versions.forgive()
         source.buckets = self._buckets.get(source.rank, [])

@@ -42,6 +42,7 @@ class Deliveries:
       bucket_bytes: of that plan.
       staging: buckets that are packed or written at a time.
       threads: that pack.
+      run: of the job.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Deliveries:
         bucket_bytes: int,
         staging: int,
         threads: int,
+        run: str,
     ) -> None:
         self.engine, self.rank = engine, rank
-        self._plan_to = plan_to
+        self._plan_to, self._run = plan_to, run
         # At exit they end in the reverse order: who uses the others goes first.
         self._outgoing = Outgoing(
             *(engine, staging, bucket_bytes, threads),
@@ -140,6 +142,7 @@ class Deliveries:
             version=_frames.VERSION,
             rank=self.rank,
             origin=self._origin,
+            run=self._run,
             nbytes=len(data),
         )
         for part in _frames.in_parts(data):

@@ -40,6 +40,7 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
         "version": is_u64,
         "rank": is_u64,
         "origin": is_u64,  # tells this Sender from one of the same rank before it
+        "run": is_text,  # of its job
         "nbytes": is_u64,
         "connection": is_u64,
     },

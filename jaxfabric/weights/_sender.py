@@ -25,6 +25,7 @@ from jaxfabric.weights._shards import HostTiles, source_tiles
 from jaxfabric.weights._target import Job
 
 _UNDER_WAY_MAX = 2
+_RUN_CHARS_MAX = 128
 
 
 class Sender(Deliveries):
@@ -48,6 +49,9 @@ class Sender(Deliveries):
       threads: that pack a bucket together. With more than one, another calls the
         engine's writes, which over ``"shm"`` are copies. ``None``: one for each four
         cores that the process may use, up to 4.
+      run: what all ranks of one run of the trainer have in common, and no other run
+        does, such as the number that a scheduler gives it. A receiver that is given
+        addresses of two runs then refuses them; without it, it cannot tell.
 
     Raises:
       ValueError: the layout has no such rank, or a number is too small.
@@ -78,6 +82,7 @@ class Sender(Deliveries):
         staging: int = 3,
         host_bytes: int = 256 << 20,
         threads: int | None = None,
+        run: str = "",
     ) -> None:
         if plan is not None and plan.source != layout:
             raise ValueError("Sender: plan= leads from another layout than layout=")
@@ -85,6 +90,8 @@ class Sender(Deliveries):
             plan.check()
         if rank not in layout.ranks:
             raise ValueError(f"Sender: rank={rank} is none of {layout.ranks[:16]}")
+        if not isinstance(run, str) or len(run) > _RUN_CHARS_MAX:
+            raise ValueError(f"Sender: run= has to be a text of {_RUN_CHARS_MAX} chars")
         if staging < 1 or host_bytes < 0:
             raise ValueError(f"Sender: staging={staging}, host_bytes={host_bytes}")
         self.layout = layout
@@ -109,6 +116,7 @@ class Sender(Deliveries):
                 plan.bucket_bytes if plan else bucket_bytes,
                 staging,
                 thread_count(threads),
+                run,
             )
 
     def address(self) -> bytes:

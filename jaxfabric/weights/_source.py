@@ -24,6 +24,7 @@ class Source:
       parts: of its plan, until that is there.
       rank: in its job; -1 until it has said so.
       origin: tells it from another Sender of that rank.
+      run: of its job, as that is called.
       buckets: that it sends to this rank.
       ring: slots that it writes into.
       first_id: counts of slot ``i`` come under ``first_id + i``.
@@ -39,6 +40,7 @@ class Source:
     parts: Parts | None = None
     rank: int = -1
     origin: int = 0
+    run: str = ""
     buckets: list[Bucket] = dataclasses.field(default_factory=list)
     ring: Region | None = None
     first_id: int = 0
@@ -85,6 +87,21 @@ def missing(sources: Mapping[int, Source], plan: Plan | None, filling: int) -> s
     if late:
         return f"ranks {late[:16]} of the trainer have not pushed version {newest}"
     return "the trainer has not pushed it, or has given it up"
+
+
+def clash(source: Source, other: Source) -> str:
+    """Why one that has come takes another's place; "" if it does not."""
+    if other.rank == source.rank:
+        return (
+            f"another Sender of rank {source.rank} is connected: that was started "
+            "again, or two addresses are of one rank"
+        )
+    if other.rank >= 0 and other.run != source.run:
+        return (
+            f"rank {other.rank} of the trainer is of run {other.run!r}, and rank "
+            f"{source.rank} of run {source.run!r}: connect() to addresses of one run"
+        )
+    return ""
 
 
 def difference(source: Source, made: Plan, other: Source, known: Plan | None) -> str:
