@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ REGION_BYTES = 1 << 20
 SYSTEM_LIBRARY = ""  # libibverbs as dlopen finds it
 # Of a death amid writes, three times what it takes in a guest.
 NOTICE_S = 6
+# Limit of what is under way when a rail goes. Its interface takes up to 10 s to go down
+# under writes, on one emulated processor; then the peer is given up after 10.
+UNPLUGGED_S = 30.0
 
 
 def peer_command(build: Path, rails: Sequence[str]) -> list[str]:
@@ -127,3 +131,35 @@ def test_the_other_rails_carry_what_an_unplugged_one_cannot(
         after = engines.writer.ask("stats").check().nic_bytes
     assert after[0] > before[0]
     assert after[1] == before[1]
+
+
+def test_an_only_rail_that_is_unplugged_is_an_error_at_both_ends(
+    build: Path, rails: list[str]
+) -> None:
+    need(rails, 2)
+    kept, lost = rails[:2]
+    with (
+        pair(build, [kept]) as others,
+        devices.pluggable(lost) as unplug,
+        pair(build, [lost]) as engines,
+    ):
+        engines.begin(1, count=2000, timeout_s=UNPLUGGED_S)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        unplug()
+        print(f"unplugged within {time.monotonic() - begin:.2f} s")
+        for end in (engines.writer, engines.receiver):
+            error = end.answer(UNPLUGGED_S).error
+            print(f"after {time.monotonic() - begin:.2f} s: {error}")
+            assert error is not None
+            assert re.search(rf"under id 1\b.*peer 0 .*{lost}:1", error)
+        assert time.monotonic() - begin < UNPLUGGED_S + 2
+        assert f"{lost}:1 is not up" in error
+        # Nor does the next operation hang.
+        peer = engines.receiver
+        error = engines.writer.ask(f"connect {peer.address} {peer.region} 2", 2).error
+        assert error is not None
+        assert "connect to link_peer" in error
+        others.transfer(1)
+    with pair(build, [lost]) as heirs:  # it is plugged in again
+        heirs.transfer(1)

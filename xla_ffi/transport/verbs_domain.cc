@@ -288,7 +288,7 @@ void VerbsDomain::OnSent(const ibv_wc& work) {
           StatusCode::kUnavailable,
           "verbs on " + port_->name() + " to " + Describe(peer.address) + ": " +
               port_->library().wc_status_str(work.status) + " (vendor's code " +
-              std::to_string(work.vendor_err) + ")");
+              std::to_string(work.vendor_err) + ")" + port_->Fault());
     }
   }
   peer.connection->Finish(

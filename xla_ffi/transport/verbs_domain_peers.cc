@@ -282,11 +282,12 @@ void VerbsDomain::TendPeer(VerbsPeer& peer, int64_t now_ns) {
     return;
   }
   if (now_ns >= peer.give_up_ns) {
-    return Lose(peer, Status(StatusCode::kUnavailable,
-                             "no answer from " + Describe(peer.address) +
-                                 ": its process has ended, or it is of another "
-                                 "network than " +
-                                 port_->name() + " (JAXFABRIC_NICS)"));
+    return Lose(
+        peer, Status(StatusCode::kUnavailable,
+                     "no answer from " + Describe(peer.address) +
+                         ": its process has ended, or it is of another "
+                         "network than " +
+                         port_->name() + " (JAXFABRIC_NICS)" + port_->Fault()));
   }
   if (!peer.wanted() || now_ns < peer.hello_ns) return;
   peer.hello_period_ns = std::min(2 * peer.hello_period_ns, kHelloPeriodMaxNs);

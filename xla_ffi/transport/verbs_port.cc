@@ -109,6 +109,11 @@ std::vector<VerbsPortName> FindVerbsPorts(const VerbsLibrary& library,
   return ports;
 }
 
+std::string VerbsPort::Fault() const {
+  if (port_.state == IBV_PORT_ACTIVE) return "";
+  return "; " + name_ + " is not up (rdma link show)";
+}
+
 Status VerbsPort::Failed(const char* call, int error) const {
   return Status(StatusCode::kUnavailable,
                 "verbs on " + name_ + ": " + call +
@@ -298,7 +303,14 @@ Status VerbsPort::TakeEvents() {
   Status fatal;
   while (library_.get_async_event(context_.get(), &event) == 0) {
     const ibv_event_type type = event.event_type;
+    const bool of_port =
+        (type == IBV_EVENT_PORT_ACTIVE || type == IBV_EVENT_PORT_ERR) &&
+        event.element.port_num == number_;
     library_.ack_async_event(&event);
+    if (of_port) {
+      port_.state =
+          type == IBV_EVENT_PORT_ACTIVE ? IBV_PORT_ACTIVE : IBV_PORT_DOWN;
+    }
     if (type == IBV_EVENT_DEVICE_FATAL || type == IBV_EVENT_CQ_ERR ||
         type == IBV_EVENT_SRQ_ERR) {
       fatal = Status(StatusCode::kUnavailable,

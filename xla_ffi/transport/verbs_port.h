@@ -77,8 +77,13 @@ class VerbsPort {
   void RequestNotice() { (void)ibv_req_notify_cq(queue_.get(), 0); }
   bool TakeNotices();  // whether there was one
 
-  // The word for what has befallen the device, if it can do nothing any more.
+  // Why the device can do nothing any more, if so; also notes whether the port
+  // is up.
   Status TakeEvents();
+
+  // That the port is down, to be put behind an error; empty if it is up. It is
+  // what events told: to ask the device may wait for whoever takes it down.
+  std::string Fault() const;
 
   // What `call` has left in errno, or `error`.
   Status Failed(const char* call, int error) const;
