@@ -10,7 +10,8 @@ machine hits both.
 
 The first, which CI runs, counts instructions: it gives the same on any machine. The
 second measures time, and compares the best rounds, since others only make rounds
-longer; still, it means something on a quiet machine alone.
+longer; still, it means something on a quiet machine alone, and there the share is
+missed: docs/design/0007-verbs.md.
 """
 
 from __future__ import annotations
