@@ -149,7 +149,6 @@ void TransferEngine::FenceLostLocked() {
 }
 
 void TransferEngine::RemoveUnusedLocked() {
-  if (!ending_.any()) return;
   FenceLostLocked();
   for (const RegionId region : std::exchange(ending_.unused, {})) {
     const auto waits = ending_.regions.find(region);

@@ -130,12 +130,6 @@ struct EndingRegions {
   // Unused, but lost peers may write into them until they are cut off.
   std::vector<RegionId> exposed;
   LostPeers lost;
-
-  // Whether some of it may be able to go on.
-  bool any() const {
-    return !unused.empty() || !exposed.empty() || !lost.waiting.empty() ||
-           lost.fence.has_value();
-  }
 };
 
 }  // namespace jaxfabric
