@@ -99,6 +99,9 @@ class Crew:
 
     def finish(self) -> None:
         """Helps until nothing is left to begin, and waits until all is done."""
+        if not self.helpers:
+            self._work_alone()
+            return
         self._work()
         with self._changed:
             self._changed.wait_for(lambda: not self._busy)
@@ -133,6 +136,18 @@ class Crew:
         self.drop(_CLOSE_S)
         for worker in self._workers:
             worker.close()
+
+    def _work_alone(self) -> None:
+        """As `_work`, for the only thread: it needs no locks."""
+        while self._tasks:
+            task = self._tasks.popleft()
+            self.phases.start()
+            try:
+                for part in task.parts:
+                    task.do(part, self.phases)
+            except Exception as error:
+                task.failure = error
+            task.done(task.failure)
 
     def _work(self) -> None:
         """Does parts until none is left to begin."""
