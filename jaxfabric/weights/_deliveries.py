@@ -300,7 +300,7 @@ class Deliveries:
         self._next_job()
 
     def _over(self, job: Job) -> None:
-        job.no_limit()
+        job.end_limit()
         job.push._resolve()
 
     def _give_up(self, target: Target, error: FabricError) -> None:

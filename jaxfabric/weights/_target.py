@@ -14,6 +14,10 @@ from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
 
 
+def _nothing() -> None:
+    """There is no timer."""
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
     """A version that is being pushed, and the arrays that it consists of.
@@ -36,7 +40,7 @@ class Job:
     arrays: list[Any] = dataclasses.field(default_factory=list)
     pending: list[Any] = dataclasses.field(default_factory=list)
     dropped: bool = False
-    no_limit: Callable[[], object] = lambda: None
+    no_limit: Callable[[], object] = _nothing
 
     def computed(self) -> bool:
         """Whether its arrays are computed, so that nobody who reads them waits."""
@@ -47,6 +51,11 @@ class Job:
                 return False
             self.pending.pop()
         return True
+
+    def end_limit(self) -> None:
+        """It is over: nothing refers to it in a circle, and keeps its arrays."""
+        self.no_limit()
+        self.no_limit = _nothing
 
 
 @dataclasses.dataclass
