@@ -10,10 +10,27 @@
 
 namespace jaxfabric::cuda {
 
+// What the packets of a call carry: its epoch, and above it which call of the
+// program it is. So ranks that run their calls in different orders wait in vain
+// for each other, instead of taking one call's message for another's.
+__device__ inline uint64_t EpochOf(uint64_t flag) {
+  return flag & ((uint64_t{1} << kEpochBits) - 1);
+}
+
+// Both halves have the first one's.
+__device__ inline uint64_t PacketFlag(const Peers& peers, uint64_t epoch) {
+  uint64_t tag = peers.tag;
+  if (peers.phase == Phase::kDone) {
+    const volatile uint32_t* const words = peers.pending;
+    tag = words[2];
+  }
+  return tag << kEpochBits | epoch;
+}
+
 // Writes the error word, unless one is written already.
 __device__ inline void Fail(const Peers& peers, ErrorCode code,
                             Operation operation, int peer, int detail,
-                            uint64_t epoch, uint64_t elapsed_ns) {
+                            uint64_t flag, uint64_t elapsed_ns) {
   const auto value = static_cast<uint32_t>(code);
   if (atomicCAS(&peers.state->failed, 0u, value) != 0u) return;
   ErrorWord* const word = peers.error;
@@ -21,7 +38,7 @@ __device__ inline void Fail(const Peers& peers, ErrorCode code,
   const bool known = peer >= 0 && peer < peers.ranks;
   word->peer = static_cast<uint32_t>(known ? peers.mesh_rank[peer] : peer);
   word->detail = detail;
-  word->epoch = epoch;
+  word->epoch = EpochOf(flag);
   word->elapsed_ns = elapsed_ns;
   __threadfence_system();  // the host reads the code first
   *const_cast<volatile uint32_t*>(&word->code) = value;
@@ -134,7 +151,8 @@ __device__ inline void AdvanceEpoch(const Peers& peers, uint64_t epoch) {
   if (peers.phase == Phase::kStart) {
     peers.pending[0] = static_cast<uint32_t>(epoch);
     peers.pending[1] = static_cast<uint32_t>(epoch >> 32);
-    for (int i = 2; i < 6; ++i) peers.pending[i] = 0;
+    peers.pending[2] = peers.tag;
+    for (int i = 3; i < 6; ++i) peers.pending[i] = 0;
   }
 }
 

@@ -41,7 +41,7 @@ struct Work {
   const uint32_t* source_begin;  // [N + 1], unique rows by source
   SendIndex index;
   float* warp_scalars;  // kScalarsMax of this warp
-  uint64_t epoch;
+  uint64_t flag;        // of packets
   int lane;
   LanePart part;
   int per_item;
@@ -60,7 +60,7 @@ __device__ SlotRows FindSlots(const Work& w, uint32_t unique) {
   if (!w.shape.expand) return slots;
   if (w.lane < w.shape.slots)
     slots.row = SlotRow(w.peers, w.shape, w.io.slot_row, Operation::kCombine,
-                        w.epoch, unique, w.lane);
+                        w.flag, unique, w.lane);
   if (w.io.row_weights != nullptr && slots.row >= 0) {
     slots.factor = w.io.row_weights[slots.row];
   }
@@ -112,7 +112,7 @@ __device__ LaneWords ScalarWords(const Work& w, uint32_t unique) {
   const auto at = [&](int slot) -> uint64_t {
     if (slot >= w.shape.slots) return 0;
     const int32_t row = SlotRow(w.peers, w.shape, w.io.slot_row,
-                                Operation::kCombine, w.epoch, unique, slot);
+                                Operation::kCombine, w.flag, unique, slot);
     return row < 0 ? 0 : __float_as_uint(w.io.scalars[row]);
   };
   const int slot = w.part.offset / 4;
@@ -141,11 +141,11 @@ __device__ void Send(const Work& w, WarpShare share) {
     if (unique >= own_begin) unique += own;  // this rank's rows stay
     int source = 0;
     while (unique >= w.source_begin[source + 1]) ++source;
-    char* const wire = Mailbox(w.peers, source, w.peers.rank, w.epoch) +
+    char* const wire = Mailbox(w.peers, source, w.peers.rank, w.flag) +
                        (unique - w.source_begin[source]) * WireRowBytes(shape);
     if (piece == work.items) {
       SendPart(wire + shape.row_packets * kPacketWire, w.lane, w.part,
-               ScalarWords(w, unique), w.epoch);
+               ScalarWords(w, unique), w.flag);
       continue;
     }
     const SlotRows slots = FindSlots(w, unique);
@@ -153,7 +153,7 @@ __device__ void Send(const Work& w, WarpShare share) {
     for (int segment = piece * work.per_item; segment < end; ++segment) {
       const Segment<kPackets> words =
           Partial<kType, kVector, kPackets>(w, unique, slots, segment);
-      SendSegment(shape, wire, segment, w.lane, w.part, words, w.epoch);
+      SendSegment(shape, wire, segment, w.lane, w.part, words, w.flag);
     }
   }
 }
@@ -177,11 +177,11 @@ __device__ void SumToken(const Work& w, int token, int first, int end) {
         continue;
       }
       if (!GoesTo(shape, w.index, rank, token, &number)) continue;
-      const char* const wire = Mailbox(w.peers, w.peers.rank, rank, w.epoch) +
+      const char* const wire = Mailbox(w.peers, w.peers.rank, rank, w.flag) +
                                number * WireRowBytes(shape);
-      BoundedWait wait(w.peers, Operation::kCombine, rank, w.epoch);
+      BoundedWait wait(w.peers, Operation::kCombine, rank, w.flag);
       Segment<kPackets> words = {};
-      if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.epoch, wait,
+      if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.flag, wait,
                           words)) {
         return;
       }
@@ -208,11 +208,11 @@ __device__ void PlaceScalars(const Work& w, int token) {
     if (rank == w.peers.rank) {
       words[0] = ScalarWords(w, w.source_begin[rank] + number);
     } else {
-      const char* const wire = Mailbox(w.peers, w.peers.rank, rank, w.epoch) +
+      const char* const wire = Mailbox(w.peers, w.peers.rank, rank, w.flag) +
                                number * WireRowBytes(shape) +
                                shape.row_packets * kPacketWire;
-      BoundedWait wait(w.peers, Operation::kCombine, rank, w.epoch);
-      if (!ReceiveParts(wire, 1, w.lane, w.part, w.epoch, wait, Waiting::kEager,
+      BoundedWait wait(w.peers, Operation::kCombine, rank, w.flag);
+      if (!ReceiveParts(wire, 1, w.lane, w.part, w.flag, wait, Waiting::kEager,
                         words))
         return;
     }
@@ -277,8 +277,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (__syncthreads_or(!good)) return;
   if (threadIdx.x == 0) AdvanceEpoch(peers, epoch);
   const int lane = threadIdx.x % kLanes;
-  const Work w = {peers,         shape, io,   source_begin, index,
-                  scalars[warp], epoch, lane, MyPart(lane), per_item};
+  const Work w = {peers,
+                  shape,
+                  io,
+                  source_begin,
+                  index,
+                  scalars[warp],
+                  PacketFlag(peers, epoch),
+                  lane,
+                  MyPart(lane),
+                  per_item};
   if (sends) {
     if (peers.phase == Phase::kStart &&
         !AwaitReleases(peers, Operation::kCombine, epoch)) {

@@ -84,7 +84,7 @@ __device__ void Send(const DispatchWork& w, WarpShare share) {
     const int tile = weights ? i - shape.tiles_per_source : i;
     const void* const array =
         weights ? static_cast<const void*>(w.io.weights) : w.io.ids;
-    SendRoutes(w.peers, shape, tile, weights, w.epoch, array);
+    SendRoutes(w.peers, shape, tile, weights, w.flag, array);
   }
   // The warps that sent routes are the last to send rows.
   Rows::Send(w,
@@ -97,7 +97,7 @@ __device__ bool TakeIds(const DispatchWork& w, const Tile& tile) {
   const int64_t at =
       (int64_t{tile.source} * w.shape.tokens + tile.first) * w.shape.k;
   if (tile.source != w.peers.rank) {
-    return ReceiveRoutes(w.peers, w.shape, tile, false, w.epoch,
+    return ReceiveRoutes(w.peers, w.shape, tile, false, w.flag,
                          w.tables.ids + at);
   }
   const int32_t* const from = w.io.ids + int64_t{tile.first} * w.shape.k;
@@ -118,7 +118,7 @@ __device__ void Mark(const DispatchWork& w, int tile, const Tile& at) {
       MarkTile(w.shape, w.peers.rank, at.tokens, TileIds(w, at), first, row);
   if (bad >= 0) {
     Fail(w.peers, ErrorCode::kBadExpert, Operation::kDispatch, at.source,
-         (at.first + w.lane) * w.shape.k + bad, w.epoch, 0);
+         (at.first + w.lane) * w.shape.k + bad, w.flag, 0);
   }
   if (w.many) {
     for (int c = w.lane; c < columns; c += kLanes) table[c] = row[c];
@@ -144,7 +144,7 @@ __device__ bool MakePlan(const DispatchWork& w, PlanTeam team) {
     }
   }
   if (limited) {
-    if (!SyncTeam(w.peers, team, w.epoch)) return false;
+    if (!SyncTeam(w.peers, team, w.flag)) return false;
     for (int tile = begin + warp; tile < end; tile += kDispatchWarps) {
       Mark(w, tile, TileAt(w.shape, tile));
     }
@@ -152,14 +152,14 @@ __device__ bool MakePlan(const DispatchWork& w, PlanTeam team) {
   // A warp that waited in vain has marked garbage: nobody may follow the plan.
   if (__syncthreads_or(!good)) return false;
   SumOwnTiles(w.shape, team, w.tables, w.totals);
-  if (!SyncTeam(w.peers, team, w.epoch)) return false;
+  if (!SyncTeam(w.peers, team, w.flag)) return false;
   if (team.blocks == 1) {
     if (threadIdx.x < kLanes) PlaceGroups(w.shape, w.totals);
     __syncthreads();
     return true;
   }
   SumBlocks(w.shape, team, w.tables, w.totals);
-  return SyncTeam(w.peers, team, w.epoch);
+  return SyncTeam(w.peers, team, w.flag);
 }
 
 template <class Rows>
@@ -175,14 +175,14 @@ __device__ void Place(const DispatchWork& w, WarpShare share) {
 
 // Without a plan yet. `shared` is BuffersBytes() and, for few tokens, tables.
 __device__ DispatchWork WorkOf(const Peers& peers, const MoeShape& shape,
-                               const DispatchBuffers& io, uint64_t epoch,
+                               const DispatchBuffers& io, uint64_t flag,
                                bool many, int per_item, uint4* shared) {
   uint32_t* const words = reinterpret_cast<uint32_t*>(shared);
   const int columns = PlanColumns(shape);
   const int warp = threadIdx.x / kLanes;
   DispatchWork w = {
       peers,    shape, io,       {},
-      {},       words, epoch,    static_cast<int>(threadIdx.x) % kLanes,
+      {},       words, flag,     static_cast<int>(threadIdx.x) % kLanes,
       {},       many,  per_item, false,
       INT32_MAX};
   w.part = MyPart(w.lane);
@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const uint64_t epoch = ReadEpoch(peers, Operation::kDispatch);
   if (epoch == 0) return;
   const int warp = threadIdx.x / kLanes;
-  DispatchWork w = WorkOf(peers, shape, io, epoch, kMany, per_item, shared);
+  DispatchWork w = WorkOf(peers, shape, io, PacketFlag(peers, epoch), kMany,
+                          per_item, shared);
   const int receive_blocks = gridDim.x - send_blocks;
   const bool roles = send_blocks > 0;
   char* const tables =
@@ -275,7 +276,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const int blocks = gridDim.x;
   const int warp = threadIdx.x / kLanes;
   Send<Rows>(
-      WorkOf(peers, shape, io, epoch, false, per_item, shared),
+      WorkOf(peers, shape, io, PacketFlag(peers, epoch), false, per_item,
+             shared),
       {warp * blocks + static_cast<int>(blockIdx.x), blocks * kDispatchWarps});
 }
 

@@ -34,7 +34,7 @@ __device__ inline void PlaceRoutes(const DispatchWork& w, int number) {
   const Tile tile = TileAt(shape, number);
   const float* weights = w.io.weights + int64_t{tile.first} * shape.k;
   if (tile.source != w.peers.rank) {
-    if (!ReceiveRoutes(w.peers, shape, tile, true, w.epoch, w.warp_buffer)) {
+    if (!ReceiveRoutes(w.peers, shape, tile, true, w.flag, w.warp_buffer)) {
       return;
     }
     weights = reinterpret_cast<const float*>(w.warp_buffer);

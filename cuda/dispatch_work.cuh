@@ -25,7 +25,7 @@ struct DispatchWork {
   PlanTables tables;
   PlanTotals totals;
   uint32_t* warp_buffer;
-  uint64_t epoch;
+  uint64_t flag;  // of packets
   int lane;
   LanePart part;
   bool many;  // tokens: blocks have roles

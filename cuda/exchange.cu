@@ -26,7 +26,7 @@ struct Work {
   const Peers& peers;
   const ExchangeArguments& io;
   MoeShape array;  // the whole of it is one row
-  uint64_t epoch;
+  uint64_t flag;   // of packets
   int lane;
   LanePart part;
   bool aligned;
@@ -57,11 +57,11 @@ __device__ void Store(const Work& w, int segment,
 
 __device__ void Send(const Work& w, WarpShare share) {
   const int segments = SegmentsOf<kPackets>(w.array);
-  char* const wire = Mailbox(w.peers, w.io.to, w.peers.rank, w.epoch);
+  char* const wire = Mailbox(w.peers, w.io.to, w.peers.rank, w.flag);
   for (int i = share.index; i < segments; i += share.count) {
     Segment<kPackets> words;
     Load(w, i, words);
-    SendSegment(w.array, wire, i, w.lane, w.part, words, w.epoch);
+    SendSegment(w.array, wire, i, w.lane, w.part, words, w.flag);
   }
 }
 
@@ -70,12 +70,12 @@ __device__ void Receive(const Work& w, WarpShare share) {
   const int segments = SegmentsOf<kPackets>(w.array);
   const bool remote = w.io.from >= 0 && w.io.from != w.peers.rank;
   const char* const wire =
-      remote ? Mailbox(w.peers, w.peers.rank, w.io.from, w.epoch) : nullptr;
+      remote ? Mailbox(w.peers, w.peers.rank, w.io.from, w.flag) : nullptr;
   for (int i = share.index; i < segments; i += share.count) {
     Segment<kPackets> words = {};
     if (remote) {
-      BoundedWait wait(w.peers, Operation::kExchange, w.io.from, w.epoch);
-      if (!ReceiveSegment(w.array, wire, i, w.lane, w.part, w.epoch, wait,
+      BoundedWait wait(w.peers, Operation::kExchange, w.io.from, w.flag);
+      if (!ReceiveSegment(w.array, wire, i, w.lane, w.part, w.flag, wait,
                           words)) {
         return;
       }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Work w = {peers,
                   io,
                   array,
-                  epoch,
+                  PacketFlag(peers, epoch),
                   lane,
                   MyPart(lane),
                   IsVector(io.x, 0) && IsVector(io.y, 0)};

@@ -137,6 +137,9 @@ struct ProgramCall {
   float* token_out;
 };
 
+// Of the number that packets carry; a call's tag takes those above.
+inline constexpr int kEpochBits = 40;
+
 // The argument that all kernels have. Ranks are counted along the axes of the
 // call, in their order.
 struct Peers {
@@ -153,7 +156,8 @@ struct Peers {
   uint64_t mailbox_bytes;
   EpochCounter* counter;
   Phase phase;
-  uint32_t* pending;  // u32[6]: a half's epoch, written by kStart
+  uint32_t* pending;  // u32[6]: a half's epoch and tag, written by kStart
+  uint32_t tag;       // which call of the program: see PacketFlag
   ProgramCall call;
 };
 

@@ -1,8 +1,8 @@
 // LL128: packets that carry their own flag, sent and received by whole warps.
 //
 // A packet is what 32 lanes store in one instruction: 4 lines of 128 bytes. The
-// last 8 bytes of each line are the epoch, so that a line which shows the epoch
-// has come whole (128-byte lines travel whole over NVLink: a property of the
+// last 8 bytes of each line are a flag, the call's, so that a line which shows
+// it has come whole (128-byte lines travel whole over NVLink: a property of the
 // hardware, measured and relied on by NCCL, which PTX does not promise). The
 // other 480 bytes are data. Lanes 7, 15, 23 and 31 hold 8 bytes of it beside
 // their flag, the other 28 lanes 16 bytes each:
@@ -138,8 +138,8 @@ __device__ inline void StoreWordPart(uint32_t* data, int words_left,
 
 // Sends a part of the packet at `wire` in a peer's heap.
 __device__ inline void SendPart(char* wire, int lane, LanePart part,
-                                LaneWords words, uint64_t epoch) {
-  if (part.bytes == 8) words.high = epoch;
+                                LaneWords words, uint64_t flag) {
+  if (part.bytes == 8) words.high = flag;
   asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};"
                :
                : "l"(wire + lane * 16), "l"(words.low), "l"(words.high)
@@ -163,14 +163,14 @@ __device__ inline LaneWords LoadWire(const char* wire, int lane) {
 enum class Waiting { kEager, kPatient };
 
 // Waits for a line of the packet at `wire`; false if in vain. By a whole warp.
-__device__ inline bool WatchLine(const char* wire, int line, uint64_t epoch,
+__device__ inline bool WatchLine(const char* wire, int line, uint64_t flag,
                                  BoundedWait& wait) {
   constexpr int kFlagOffset = 120;
   constexpr unsigned kNanoseconds = 200;
-  const auto* const flag = reinterpret_cast<const uint64_t*>(
+  const auto* const word = reinterpret_cast<const uint64_t*>(
       wire + line * static_cast<int>(kLineBytes) + kFlagOffset);
   for (;;) {
-    const bool here = LoadRelaxedSystem(flag) == epoch;
+    const bool here = LoadRelaxedSystem(word) == flag;
     if (__all_sync(kAllLanes, here)) return true;
     if (__any_sync(kAllLanes, wait.Expired())) return false;
     __nanosleep(kNanoseconds);
@@ -181,7 +181,7 @@ __device__ inline bool WatchLine(const char* wire, int line, uint64_t epoch,
 // All lanes of the warp call it; false if they waited in vain.
 template <int kMost>
 __device__ bool ReceiveParts(const char* wire, int count, int lane,
-                             LanePart part, uint64_t epoch, BoundedWait& wait,
+                             LanePart part, uint64_t flag, BoundedWait& wait,
                              Waiting waiting, LaneWords (&words)[kMost]) {
   for (;;) {
     bool here = true;
@@ -191,11 +191,11 @@ __device__ bool ReceiveParts(const char* wire, int count, int lane,
     }
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      if (i < count && part.bytes == 8) here &= words[i].high == epoch;
+      if (i < count && part.bytes == 8) here &= words[i].high == flag;
     }
     if (__all_sync(kAllLanes, here)) return true;
     if (waiting == Waiting::kPatient &&
-        !WatchLine(wire + (count - 1) * kPacketWire, 3, epoch, wait)) {
+        !WatchLine(wire + (count - 1) * kPacketWire, 3, flag, wait)) {
       return false;
     }
     // Also where the watched line is there: a rank that runs another program

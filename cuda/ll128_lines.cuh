@@ -22,26 +22,26 @@ __device__ inline int LinesOf(int bytes) {
 // Sends `bytes` (of at most kMost packets), without the lines that are empty.
 template <int kMost>
 __device__ void SendLines(char* wire, int bytes, int lane, LanePart part,
-                          const LaneWords (&words)[kMost], uint64_t epoch) {
+                          const LaneWords (&words)[kMost], uint64_t flag) {
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
     const int left = bytes - i * kPacketData;
     if (left > 0 && lane < 8 * LinesOf(left)) {
-      SendPart(wire + i * kPacketWire, lane, part, words[i], epoch);
+      SendPart(wire + i * kPacketWire, lane, part, words[i], flag);
     }
   }
 }
 
 // Whether these packets are what SendLines sent, all of it. By a whole warp.
 template <int kMost>
-__device__ bool HaveLines(int bytes, int lane, LanePart part, uint64_t epoch,
+__device__ bool HaveLines(int bytes, int lane, LanePart part, uint64_t flag,
                           const LaneWords (&words)[kMost]) {
   bool here = true;
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
     const int left = bytes - i * kPacketData;
     if (part.bytes == 8 && left > 0 && lane < 8 * LinesOf(left)) {
-      here &= words[i].high == epoch;
+      here &= words[i].high == flag;
     }
   }
   return __all_sync(kAllLanes, here) != 0;
@@ -51,13 +51,13 @@ __device__ bool HaveLines(int bytes, int lane, LanePart part, uint64_t epoch,
 // are anything.
 template <int kMost>
 __device__ bool ReceiveLines(const char* wire, int bytes, int lane,
-                             LanePart part, uint64_t epoch, BoundedWait& wait,
+                             LanePart part, uint64_t flag, BoundedWait& wait,
                              Waiting waiting, LaneWords (&words)[kMost]) {
   for (;;) {
     if (waiting == Waiting::kPatient) {
       const int last = (bytes - 1) / kPacketData;
       if (!WatchLine(wire + last * kPacketWire,
-                     LinesOf(bytes - last * kPacketData) - 1, epoch, wait)) {
+                     LinesOf(bytes - last * kPacketData) - 1, flag, wait)) {
         return false;
       }
     }
@@ -65,7 +65,7 @@ __device__ bool ReceiveLines(const char* wire, int bytes, int lane,
     for (int i = 0; i < kMost; ++i) {
       words[i] = LoadWire(wire + i * kPacketWire, lane);
     }
-    if (HaveLines(bytes, lane, part, epoch, words)) return true;
+    if (HaveLines(bytes, lane, part, flag, words)) return true;
     // The lanes' clocks differ, and all must leave together.
     if (__any_sync(kAllLanes, wait.Expired())) return false;
   }

@@ -74,8 +74,8 @@ class PlainRows {
       if (s != first) LoadSegment<kVector>(shape, row, s, w.part, words);
       for (uint32_t left = others; left != 0; left &= left - 1) {
         char* const wire =
-            Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.epoch) + at;
-        SendSegment(shape, wire, s, w.lane, w.part, words, w.epoch);
+            Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.flag) + at;
+        SendSegment(shape, wire, s, w.lane, w.part, words, w.flag);
       }
     }
   }
@@ -88,18 +88,18 @@ class PlainRows {
     const char* const row = w.io.x + token * shape.row_bytes;
     const char* const wire =
         own ? nullptr
-            : Mailbox(w.peers, w.peers.rank, source, w.epoch) + shape.rows_at +
+            : Mailbox(w.peers, w.peers.rank, source, w.flag) + shape.rows_at +
                   int64_t{token} * shape.row_packets * kPacketWire;
     Segment<kPackets> words;
     if (own) LoadSegment<kVector>(shape, row, first, w.part, words);
     const TokenRows rows =
         FindRows(shape, w.peers.rank, w.tables, w.totals, source, token);
     if (!rows.here) return;
-    BoundedWait wait(w.peers, Operation::kDispatch, source, w.epoch);
+    BoundedWait wait(w.peers, Operation::kDispatch, source, w.flag);
     for (int s = first; s < end; ++s) {
       if (own) {
         if (s != first) LoadSegment<kVector>(shape, row, s, w.part, words);
-      } else if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.epoch, wait,
+      } else if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.flag, wait,
                                  words)) {
         return;
       }

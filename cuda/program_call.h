@@ -25,7 +25,7 @@ namespace ffi = xla::ffi;
 // The attributes that each call carries; as on the host (handlers/call.h).
 struct CallAttributes {
   int64_t fabric;
-  int64_t channel;  // not needed: a stream's order is the program's order
+  int64_t channel;  // a stream's order is the match; this only checks it
   std::string_view label;
   double timeout_s;  // <= 0: the Fabric's
   ffi::Span<const int64_t> axes;
@@ -117,6 +117,10 @@ inline StatusOr<Target> FindTarget(const CallContext& context,
                                timeout_s, phase));
   Target target = {published.group, rank, peers, context.stream,
                    captured ? context.state : nullptr};
+  // Folded, so that all of the hash counts.
+  const auto channel = static_cast<uint64_t>(attributes.channel);
+  target.peers.tag = static_cast<uint32_t>((channel ^ channel >> 32) &
+                                           ((1u << (64 - kEpochBits)) - 1));
   target.peers.call = {position.typed_data(), DataOf<float>(token),
                        DataOf<float>(token_out)};
   return target;

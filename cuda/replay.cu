@@ -28,7 +28,7 @@ struct Work {
   const ReplayBuffers& io;
   const uint32_t* source_begin;  // [N + 1], unique rows by source
   SendIndex index;
-  uint64_t epoch;
+  uint64_t flag;  // of packets
   int lane;
   LanePart part;
 };
@@ -50,9 +50,9 @@ __device__ void Send(const Work& w, WarpShare share) {
           !GoesTo(shape, w.index, rank, token, &number)) {
         continue;
       }
-      char* const wire = Mailbox(w.peers, rank, w.peers.rank, w.epoch) +
+      char* const wire = Mailbox(w.peers, rank, w.peers.rank, w.flag) +
                          number * WireRowBytes(shape);
-      SendSegment(shape, wire, s, w.lane, w.part, words, w.epoch);
+      SendSegment(shape, wire, s, w.lane, w.part, words, w.flag);
     }
   }
 }
@@ -68,7 +68,7 @@ __device__ void Place(const Work& w, uint32_t unique, int s, const Row& words) {
   }
   int32_t row = -1;
   if (w.lane < shape.slots) {
-    row = SlotRow(w.peers, shape, w.io.slot_row, Operation::kReplay, w.epoch,
+    row = SlotRow(w.peers, shape, w.io.slot_row, Operation::kReplay, w.flag,
                   unique, w.lane);
   }
   for (uint32_t left = __ballot_sync(kAllLanes, row >= 0); left != 0;
@@ -110,11 +110,11 @@ __device__ void PlaceOthers(const Work& w, WarpShare share) {
     int source = 0;
     while (unique >= w.source_begin[source + 1]) ++source;
     const char* const wire =
-        Mailbox(w.peers, w.peers.rank, source, w.epoch) +
+        Mailbox(w.peers, w.peers.rank, source, w.flag) +
         (unique - w.source_begin[source]) * WireRowBytes(shape);
-    BoundedWait wait(w.peers, Operation::kReplay, source, w.epoch);
+    BoundedWait wait(w.peers, Operation::kReplay, source, w.flag);
     Row words;
-    if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.epoch, wait, words)) {
+    if (!ReceiveSegment(shape, wire, s, w.lane, w.part, w.flag, wait, words)) {
       return;
     }
     Place<kVector>(w, unique, s, words);
@@ -148,8 +148,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const SendIndex index = LaySendIndex(shape, index_memory);
   MakeSendIndex(shape, io.ids, index);
-  const Work w = {peers, shape, io,   source_begin,
-                  index, epoch, lane, MyPart(lane)};
+  const Work w = {peers,        shape,       io,
+                  source_begin, index,       PacketFlag(peers, epoch),
+                  lane,         MyPart(lane)};
   if (threadIdx.x == 0 && good) {
     // Else the own rows would be given places that are others'.
     const uint32_t planned =

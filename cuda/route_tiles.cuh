@@ -30,7 +30,7 @@ __device__ inline Tile TileAt(const MoeShape& shape, int tile) {
 
 // Sends a tile of this rank's ids or weights to each other rank, by a warp.
 __device__ inline void SendRoutes(const Peers& peers, const MoeShape& shape,
-                                  int tile, bool weights, uint64_t epoch,
+                                  int tile, bool weights, uint64_t flag,
                                   const void* array) {
   const int lane = threadIdx.x % kLanes;
   const LanePart part = MyPart(lane);
@@ -48,15 +48,15 @@ __device__ inline void SendRoutes(const Peers& peers, const MoeShape& shape,
         LoadWordPart(from + skipped, words_all - skipped, part);
     for (int peer = 0; peer < peers.ranks; ++peer) {
       if (peer == peers.rank) continue;
-      char* const wire = Mailbox(peers, peer, peers.rank, epoch) + at;
-      SendPart(wire + p * kPacketWire, lane, part, words, epoch);
+      char* const wire = Mailbox(peers, peer, peers.rank, flag) + at;
+      SendPart(wire + p * kPacketWire, lane, part, words, flag);
     }
   }
 }
 
 // Receives one of the two arrays of a tile's routes into `out`, by a warp.
 __device__ inline bool ReceiveRoutes(const Peers& peers, const MoeShape& shape,
-                                     Tile tile, bool weights, uint64_t epoch,
+                                     Tile tile, bool weights, uint64_t flag,
                                      void* out) {
   constexpr int kBatch = 3;
   const int lane = threadIdx.x % kLanes;
@@ -65,13 +65,13 @@ __device__ inline bool ReceiveRoutes(const Peers& peers, const MoeShape& shape,
   const int packet =
       (tile.first / kTileTokens * 2 + (weights ? 1 : 0)) * shape.route_packets;
   const char* const wire =
-      Mailbox(peers, peers.rank, tile.source, epoch) + packet * kPacketWire;
-  BoundedWait wait(peers, Operation::kDispatch, tile.source, epoch);
+      Mailbox(peers, peers.rank, tile.source, flag) + packet * kPacketWire;
+  BoundedWait wait(peers, Operation::kDispatch, tile.source, flag);
   const int packets = static_cast<int>(PacketsFor(words_all * 4));
   for (int p = 0; p < packets; p += kBatch) {
     LaneWords words[kBatch];
     const int count = min(kBatch, packets - p);
-    if (!ReceiveParts(wire + p * kPacketWire, count, lane, part, epoch, wait,
+    if (!ReceiveParts(wire + p * kPacketWire, count, lane, part, flag, wait,
                       Waiting::kEager, words)) {
       return false;
     }

@@ -65,13 +65,13 @@ __device__ void StoreSegment(const MoeShape& shape, char* row, int segment,
 template <int kPackets>
 __device__ void SendSegment(const MoeShape& shape, char* wire, int segment,
                             int lane, LanePart part,
-                            const Segment<kPackets>& in, uint64_t epoch) {
+                            const Segment<kPackets>& in, uint64_t flag) {
   const int packets = min(kPackets, shape.row_packets - segment * kPackets);
   char* const at = wire + segment * kPackets * kPacketWire;
 #pragma unroll
   for (int i = 0; i < kPackets; ++i) {
     if (i < packets) {
-      SendPart(at + i * kPacketWire, lane, part, in.words[i], epoch);
+      SendPart(at + i * kPacketWire, lane, part, in.words[i], flag);
     }
   }
 }
@@ -79,14 +79,14 @@ __device__ void SendSegment(const MoeShape& shape, char* wire, int segment,
 template <int kPackets>
 __device__ bool ReceiveSegment(const MoeShape& shape, const char* wire,
                                int segment, int lane, LanePart part,
-                               uint64_t epoch, BoundedWait& wait,
+                               uint64_t flag, BoundedWait& wait,
                                Segment<kPackets>& out) {
   // Of many rows a warp has many packets.
   constexpr Waiting kWaiting =
       kPackets >= 5 ? Waiting::kPatient : Waiting::kEager;
   const int packets = min(kPackets, shape.row_packets - segment * kPackets);
   return ReceiveParts(wire + segment * kPackets * kPacketWire, packets, lane,
-                      part, epoch, wait, kWaiting, out.words);
+                      part, flag, wait, kWaiting, out.words);
 }
 
 // The work on rows, in items of one or more segments of a row.

@@ -61,7 +61,7 @@ class ScaledRows {
       }
       const bool first = at.item < w.own_items;
       if (next.Inside() && next.item >= w.own_items) {
-        if (first && !AwaitPlan(w.peers, w.epoch)) return;
+        if (first && !AwaitPlan(w.peers, EpochOf(w.flag))) return;
         if (first || next.row != at.row) {
           own = RowsOf(w, w.peers.rank, next.row);
         }
@@ -110,9 +110,9 @@ class ScaledRows {
     for (int i = 0; i < kSegmentPackets; ++i) words[i] = S::PacketWords(w, i);
     for (uint32_t left = others; left != 0; left &= left - 1) {
       char* const wire =
-          Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.epoch) +
+          Mailbox(w.peers, __ffs(left) - 1, w.peers.rank, w.flag) +
           S::WireOffset(w.shape, at.row, at.segment);
-      SendLines(wire, bytes, w.lane, w.part, words, w.epoch);
+      SendLines(wire, bytes, w.lane, w.part, words, w.flag);
     }
     __syncwarp();  // all have read before the next is packed
   }
@@ -160,9 +160,9 @@ class ScaledRows {
       if (rows.here) {
         const int source = source_of(at);
         const int bytes = S::SegmentBytes(w.shape, at.segment);
-        BoundedWait wait(w.peers, Operation::kDispatch, source, w.epoch);
-        if (!HaveLines(bytes, w.lane, w.part, w.epoch, words) &&
-            !ReceiveLines(WireOf(w, source, at), bytes, w.lane, w.part, w.epoch,
+        BoundedWait wait(w.peers, Operation::kDispatch, source, w.flag);
+        if (!HaveLines(bytes, w.lane, w.part, w.flag, words) &&
+            !ReceiveLines(WireOf(w, source, at), bytes, w.lane, w.part, w.flag,
                           wait, w.many ? Waiting::kPatient : Waiting::kEager,
                           words)) {
           return;
@@ -186,7 +186,7 @@ class ScaledRows {
 
   __device__ static const char* WireOf(const DispatchWork& w, int source,
                                        const Cursor& at) {
-    return Mailbox(w.peers, w.peers.rank, source, w.epoch) +
+    return Mailbox(w.peers, w.peers.rank, source, w.flag) +
            S::WireOffset(w.shape, at.row % w.shape.tokens, at.segment);
   }
 

@@ -130,8 +130,8 @@ struct ScaledSegment {
       }
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        out.chunks[c].vectors[v] = left > 0 ? LoadRow(at_chunk + v * 16)
-                                            : make_uint4(0, 0, 0, 0);
+        out.chunks[c].vectors[v] =
+            left > 0 ? LoadRow(at_chunk + v * 16) : make_uint4(0, 0, 0, 0);
       }
     }
     return out;

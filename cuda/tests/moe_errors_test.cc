@@ -117,6 +117,32 @@ TEST_F(MoeErrorsTest, RanksThatRunDifferentProgramsTimeOut) {
   EXPECT_EQ(cluster_->group().Failure().code(), StatusCode::kDeadlineExceeded);
 }
 
+// The same shapes, so that nothing but the tag tells one call from the other.
+TEST_F(MoeErrorsTest, RanksInDifferentCallsDoNotTakeEachOthersMessages) {
+  for (const bool roles : {false, true}) {
+    cluster_ = std::make_unique<Cluster>(2, 2, 1 << 16, kMailboxBytes);
+    Random random = moe::Seeded(5);
+    const Layout layout = RandomLayout(random, 2, RowType::kF32, false);
+    const World world = moe::RandomWorld(random, layout);
+    std::vector<RankBuffers> buffers;
+    for (int rank = 0; rank < 2; ++rank) {
+      buffers.emplace_back(cluster_->device(rank), world, rank);
+    }
+    cluster_->ForEach([&](int rank) {
+      Peers peers = cluster_->peers(rank, 0.2);
+      peers.tag = static_cast<uint32_t>(rank);
+      return LaunchDispatch(peers, ShapeOf(layout, RowType::kF32, false),
+                            GridOf(rank, roles), buffers[rank].Dispatch(layout),
+                            cluster_->group().Workspace(rank),
+                            cluster_->stream(rank));
+    });
+    cluster_->Synchronize();
+    const Status failure = cluster_->group().Failure();
+    EXPECT_EQ(failure.code(), StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(failure.message(), HasSubstr("runs another program"));
+  }
+}
+
 TEST_F(MoeErrorsTest, AHalfThatIsNotUnderWayIsAnError) {
   Random random = moe::Seeded(3);
   Layout layout = RandomLayout(random, 2, RowType::kF32, false);

@@ -293,6 +293,8 @@ class MoeTest : public ::testing::TestWithParam<std::tuple<int, int>> {
       const int call = (phase == Phase::kDone ? finished++ : started++) % 2;
       cluster_->ForEach([&](int rank) {
         Peers peers = cluster_->peers(rank, 20, phase);
+        // A second half has the tag of its first one, whatever its own is.
+        peers.tag = phase == Phase::kDone ? 99 : 0xabcdef - call;
         peers.pending = pending_[rank][call].as<uint32_t>();
         return launch(rank, peers);
       });
