@@ -33,7 +33,6 @@ def open_for_caps(kind: str, libfabric: str) -> dict[str, Any]:
 def nearest_nics(
     transport: str, libfabric: str, cores: Sequence[int], gpus: Sequence[str]
 ) -> list[str]: ...
-
 def quantise_blocks(
     dtype: str,
     values: int,
