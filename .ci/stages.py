@@ -290,6 +290,18 @@ LONG_STAGES = (
         + "pytest -m 'not example' -s \\\n"
         + "  tests/network/test_serving.py tests/test_kv_serve_jobs.py\n",
     ),
+    # The stage `cuda` compiles for one kind of GPU only.
+    Stage(
+        "cuda-architectures",
+        900,
+        _venv("py311")
+        + """
+pip install 'jaxlib>=0.9.1,<0.11.1' 'nanobind>=3'
+cmake -S . -B build/ci/cuda-all -G Ninja -DJAXFABRIC_BUILD_CUDA=ON \
+  -DPython_EXECUTABLE=$(command -v python)
+cmake --build build/ci/cuda-all --target jaxfabric_cuda
+""",
+    ),
     Stage("clang-tidy-deep", 1200, _clang_tidy()),
     Stage("cpp", 600, _cpp("cpp")),
     Stage("bazel-tests", 600, _bazel("//...")),

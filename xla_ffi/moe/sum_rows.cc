@@ -275,8 +275,9 @@ Isa FastestIsa() {
   return IsaSupported(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
 }
 
-void SumRowsWith(Isa isa, RowType type, std::span<const std::byte* const> rows,
-                 const float* weights, int64_t row_bytes, std::byte* out) {
+void SumRowsWith([[maybe_unused]] Isa isa, RowType type,
+                 std::span<const std::byte* const> rows, const float* weights,
+                 int64_t row_bytes, std::byte* out) {
   if (rows.empty()) {
     std::memset(out, 0, row_bytes);
     return;
