@@ -117,7 +117,7 @@ inline StatusOr<Target> FindTarget(const CallContext& context,
                                timeout_s, phase));
   Target target = {published.group, rank, peers, context.stream,
                    captured ? context.state : nullptr};
-  // Folded, so that all of the hash counts.
+  // Enough of the hash.
   const auto channel = static_cast<uint64_t>(attributes.channel);
   target.peers.tag = static_cast<uint32_t>((channel ^ channel >> 32) &
                                            ((1u << (64 - kEpochBits)) - 1));

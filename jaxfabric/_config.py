@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import operator
 import os
 from collections.abc import Iterator
@@ -73,12 +74,16 @@ _KINDS: dict[str, type] = {
 
 
 def _checked_bytes(source: str, value: int) -> int:
-    """The size, if it is one; raises ValueError that names ``source``."""
-    if not 0 <= value < _BYTES_END:
+    """The size, if it is one; raises an error that names ``source``."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{source}={value!r}: expected int") from None
+    if not 0 <= size < _BYTES_END:
         raise ValueError(
-            f"{source}={value}: must not be negative, and below {_BYTES_END}"
+            f"{source}={size}: must not be negative, and below {_BYTES_END}"
         )
-    return value
+    return size
 
 
 def misspelt_variables() -> dict[str, str]:
@@ -99,7 +104,10 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
     kind = _KINDS.get(name, int)
     converted: Any
     try:
-        converted = None if value is None and kind is str else kind(value)
+        if kind is int and not isinstance(value, str):
+            converted = operator.index(value)
+        else:
+            converted = None if value is None and kind is str else kind(value)
     except (TypeError, ValueError):
         raise ValueError(
             f"{source}={value!r}: expected {kind.__name__}, as in the table of "
@@ -107,6 +115,8 @@ def _replace(settings: Settings, source: str, name: str, value: Any) -> Settings
         ) from None
     if kind is float and not converted >= 0:
         raise ValueError(f"{source}={value!r}: must not be negative")
+    if kind is float and name != "timeout_s" and math.isinf(converted):
+        raise ValueError(f"{source}={value!r}: must be finite")
     if name == "timeout_s":
         converted = checked_limit(source, converted)
     if kind is int:
@@ -194,12 +204,12 @@ config = Config()
 def fabric_sizes(
     mailbox_bytes: int | None, window_bytes: int | None
 ) -> tuple[int, int]:
-    """What a Fabric is asked for, or the settings in force; raises ValueError."""
+    """What a Fabric is asked for, or the settings in force; raises if it is none."""
     if mailbox_bytes is None:
         mailbox_bytes = config.settings.mailbox_bytes
     if window_bytes is None:
         window_bytes = config.settings.window_bytes
     return (
-        _checked_bytes("jf.Fabric: mailbox_bytes", operator.index(mailbox_bytes)),
-        _checked_bytes("jf.Fabric: window_bytes", operator.index(window_bytes)),
+        _checked_bytes("jf.Fabric: mailbox_bytes", mailbox_bytes),
+        _checked_bytes("jf.Fabric: window_bytes", window_bytes),
     )

@@ -15,6 +15,7 @@ from jaxfabric._errors import DeadlineError, FabricError, PeerLostError
 from jaxfabric._rendezvous import Rendezvous
 
 _NUMBER_BYTES = 4  # of a process, which says it first
+_NUMBER_S = 1.0  # who has connected says it at once
 _STRANGERS_MAX = 100  # who connects to a full queue is refused at once
 
 
@@ -91,7 +92,7 @@ class Exchange:
             # Its fault is not ours: whom it comes from is still waited for.
             with connection, contextlib.suppress(OSError, FabricError):
                 _refuse_strangers(connection, self._what)
-                self._limit(connection)
+                connection.settimeout(_NUMBER_S)
                 number = connection.recv(_NUMBER_BYTES, socket.MSG_WAITALL)
                 process = int.from_bytes(number, "little")
                 if process in missing:

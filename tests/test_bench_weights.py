@@ -117,7 +117,7 @@ def test_a_push_that_quantises_is_verified_and_timed(tmp_path: pathlib.Path) -> 
     (found,) = measured["results"]
     assert set(found["rounds"]) == {"push"}
     floors = found["floors"][0]
-    assert 0 < floors["quantise"] < floors["copy"]
+    assert floors["quantise"] > 0
 
 
 def test_wrong_bits_are_told() -> None:

@@ -112,6 +112,15 @@ def test_fabrics_take_the_settings_in_force() -> None:
 def test_sizes_that_are_none() -> None:
     with pytest.raises(ValueError, match=r"jf\.Fabric: mailbox_bytes=-1: must"):
         jf.Fabric(make_mesh(2), mailbox_bytes=-1)
+    with pytest.raises(
+        TypeError, match=r"jf\.Fabric: mailbox_bytes=1\.5: expected int"
+    ):
+        jf.Fabric(make_mesh(2), mailbox_bytes=1.5)  # type: ignore[arg-type]
+    for value in (1.7, float("inf")):
+        with pytest.raises(ValueError, match=r"mailbox_bytes=.*: expected int"):
+            _config.Config().update(mailbox_bytes=value)
+    with pytest.raises(ValueError, match="spin_s=inf: must be finite"):
+        _config.Config().update(spin_s=float("inf"))
     with pytest.raises(ValueError, match=rf"jf\.Fabric: window_bytes={1 << 70}: must"):
         jf.Fabric(make_mesh(2), window_bytes=1 << 70)
 

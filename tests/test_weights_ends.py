@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_weights_plan import leaf, tree
 from transfer_cases import PATIENCE_S, engine, until
-from weights_cases import Jobs, TileReceiver, assert_tiles, jobs, mesh
+from weights_cases import Jobs, TileReceiver, TileSender, assert_tiles, jobs, mesh
 
 import jaxfabric as jf
 from jaxfabric.weights import TreeLayout
@@ -251,6 +251,84 @@ def test_a_push_that_was_cancelled_before_it_began_changes_nothing() -> None:
         with pytest.raises(jf.FabricError, match="cancelled"):
             push.wait(PATIENCE_S)
         assert_tiles(ONE, arrays_of(1), late(both, stack).take(1).params)
+
+
+def test_who_comes_while_a_push_waits_gets_the_newest_when_that_ends() -> None:
+    with jobs("shm", ONE, ONE) as both, contextlib.ExitStack() as stack:
+        both.senders[0].push(arrays_of(1), 1).wait(PATIENCE_S)
+        push = push_later(both, Later(arrays_of(2)["w"]), 2)
+        other = late(both, stack)
+        push.cancel()
+        with pytest.raises(jf.FabricError, match="cancelled"):
+            push.wait(PATIENCE_S)
+        assert_tiles(ONE, arrays_of(1), other.take(1, PATIENCE_S).params)
+        both.senders[0].push(arrays_of(3), 3).wait(PATIENCE_S)
+        assert other.take(3).version == 3
+
+
+def test_a_version_goes_on_though_making_arrays_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with jobs("shm", ONE, ONE) as both:
+        (sender,), (receiver,) = both.senders, both.receivers
+        sender.push(arrays_of(1), 1).wait(PATIENCE_S)
+        pushes = []
+
+        def no_memory(tiles: Any) -> Any:
+            pushes.append(sender.push(arrays_of(2), 2))
+            until(lambda: receiver.stats()["filling"] == 2)
+            until(lambda: all(s.complete for s in receiver._sources.values()))
+            raise MemoryError
+
+        monkeypatch.setattr(receiver, "_tree", no_memory)
+        with pytest.raises(MemoryError):
+            receiver.take(1)
+        monkeypatch.undo()
+        pushes[0].wait(PATIENCE_S)
+        assert_tiles(ONE, arrays_of(2), receiver.take(2).params)
+
+
+def test_what_is_closed_keeps_no_parameters() -> None:
+    with jobs("shm", ONE, ONE) as both:
+        (sender,) = both.senders
+        push = sender.push(arrays_of(1), 1)
+        push.wait(PATIENCE_S)
+        assert sender._latest is not None
+        kept = weakref.ref(sender._latest.tile_of)
+        sender.close()
+        gc.collect()
+        assert kept() is None
+        assert push.done()
+
+
+@pytest.mark.parametrize("whose", ["sender", "receiver"])
+def test_a_close_that_fails_gives_the_engine_back(
+    whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(own: Any) -> Any:
+        if whose == "sender":
+            return TileSender(own, ONE)
+        return TileReceiver(own, None, layout=ONE)
+
+    def busy(*_: Any) -> None:
+        raise jf.DeadlineError("drain: a write has not ended")
+
+    with engine("shm") as own:
+        first = make(own)
+        monkeypatch.setattr(own, "drain", busy)
+        with pytest.raises(jf.DeadlineError):
+            first.close()
+        monkeypatch.undo()
+        make(own).close()
+
+
+def test_a_receiver_that_cannot_be_made_leaves_no_threads() -> None:
+    with engine("shm") as own:
+        before = threading.active_count()
+        for _ in range(3):
+            with pytest.raises((ValueError, jf.FabricError)):
+                TileReceiver(own, None, layout=ONE, leader=b"stale", threads=4)
+        until(lambda: threading.active_count() <= before)
 
 
 def test_what_somebody_has_is_given_to_who_comes_later() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from test_weights_transfer import SOURCE, TARGET, push_and_take
@@ -64,3 +65,28 @@ def test_a_peer_is_watched_once_however_often_it_greets() -> None:
         assert all_done.wait(PATIENCE_S)
         # A refusal for each, and one watch.
         assert own.stats()["operations"] <= GREETINGS + 5
+
+
+@pytest.mark.parametrize("whose", ["sender", "receiver"])
+def test_who_is_not_understood_is_told_once(whose: str) -> None:
+    """Another protocol may answer each refusal by one of its own, without an end."""
+    told: list[bytes] = []
+
+    with jobs("shm", SOURCE, TARGET) as both, engine("shm", name="stranger") as own:
+
+        def answer(peer: int, data: bytes) -> None:
+            told.append(data)
+            own.submit_send(peer, b'{"kind":"refuse","code":7}')
+
+        own.submit_recvs(answer)
+        one = both.senders[0] if whose == "sender" else both.receivers[0]
+        peer = own.connect(one.address()).result()
+        own.submit_send(peer, b'{"kind":"hello","code":7}').result()
+        until(lambda: bool(told))
+        push_and_take(both, 1)
+        time.sleep(0.2)
+        (refusal,) = told
+        kind, fields = _frames.decode(refusal)
+        assert kind == "refuse"
+        assert "malformed" in fields["why"]
+        own.submit_recvs(None)

@@ -148,6 +148,24 @@ def test_what_is_dropped_ends_once_when_nobody_is_at_it(crew: Crew) -> None:
     assert len(outcomes) == 2
 
 
+def test_a_part_that_waits_for_a_device_is_not_waited_for_longer(crew: Crew) -> None:
+    device, outcomes = threading.Event(), queue.SimpleQueue[Exception | None]()
+
+    def parts() -> Any:
+        device.wait(PATIENCE_S)
+        yield 1
+
+    crew.begin(parts(), lambda part, phases: None, outcomes.put)
+    until(lambda: crew._busy > 0)
+    began = time.monotonic()
+    crew.drop(0.1)
+    assert time.monotonic() - began < PATIENCE_S / 2
+    assert isinstance(outcomes.get(timeout=PATIENCE_S), Dropped)
+    device.set()
+    until(lambda: crew._busy == 0)
+    assert outcomes.empty()
+
+
 def test_clocks_share_out_the_whole_and_cores_add_up() -> None:
     one, other, threads, whole = Phases(), Phases(), Phases(), Phases()
     one.wall.update(pack=3.0, seal=1.0)

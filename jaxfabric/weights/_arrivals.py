@@ -22,6 +22,7 @@ from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._slot import HEADER_BYTES, Checksum, claimed, cut_of, is_whole
 from jaxfabric.weights._source import Source, clash, difference, joint_origin, missing
+from jaxfabric.weights._strangers import Strangers
 from jaxfabric.weights._tiles import empty_tiles
 from jaxfabric.weights._versions import Versions
 from jaxfabric.weights._watch import Watch
@@ -48,6 +49,7 @@ class Arrivals:
         self._slots = slots
         self._versions = Versions(empty_tiles(layout, rank), empty_tiles(layout, rank))
         self._sources: dict[int, Source] = {}
+        self._strangers = Strangers()
         self._plan: Plan | None = None
         self._plan_digest = b""
         self._buckets: dict[int, list[Bucket]] = {}  # by source rank
@@ -55,17 +57,20 @@ class Arrivals:
         self._connections = 0
         self._filling: object = None  # differs each time that a version begins
         self._spoilt = 0
-        # At exit they end in the reverse order.
-        self._crew = Crew("jf.weights.Receiver", threads if threads > 1 else 0)
-        self._worker = Worker("jf.weights.Receiver")
-        self._watch = Watch(
-            engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
-        )
-        self._agreement = Agreement(
-            *(engine, self._versions, layout.ranks, rank, leader),
-            lambda: self._worker.post(self._advance),
-            lambda: missing(self._sources, self._plan, self._versions.filling),
-        )
+        with contextlib.ExitStack() as undo:  # at exit they end in the reverse order
+            self._crew = Crew("jf.weights.Receiver", threads if threads > 1 else 0)
+            undo.callback(self._crew.close)
+            self._worker = Worker("jf.weights.Receiver")
+            undo.callback(self._worker.close)
+            self._watch = Watch(
+                engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))
+            )
+            self._agreement = Agreement(
+                *(engine, self._versions, layout.ranks, rank, leader),
+                lambda: self._worker.post(self._advance),
+                lambda: missing(self._sources, self._plan, self._versions.filling),
+            )
+            undo.pop_all()
         engine.submit_recvs(
             lambda peer, data: self._worker.post(lambda: self._on_message(peer, data))
         )
@@ -85,6 +90,8 @@ class Arrivals:
             if fields.get("connection", 0) not in (0, source.connection):
                 return  # it crossed the greeting of this one
             if kind == "welcome":
+                if source.parts is not None or source.ring is not None:
+                    raise FabricError("jf.weights: a sender gave two plans")
                 source.rank, source.origin = fields["rank"], fields["origin"]
                 source.run = fields["run"]
                 source.parts = _frames.Parts(fields["nbytes"])
@@ -94,15 +101,16 @@ class Arrivals:
                     self._versions.changed.notify_all()
             elif kind == "begin":
                 self._offered(source, fields["version"])
-            elif kind == "refuse":
-                self._refused(source, fields)
+            elif kind in ("refuse", "dropped"):
+                self._refused(source, kind, fields)
         except Exception as error:  # hostile bytes may raise anything
             failure = error
             if not isinstance(failure, FabricError):
                 failure = FabricError(
                     f"jf.weights: what peer {peer} sent is malformed: {error}"
                 )
-            self._tell(peer, "refuse", version=0, why=str(failure))
+            if self._strangers.first(peer) or peer in self._sources:
+                self._tell(peer, "refuse", version=0, why=str(failure))
             self._drop(peer, failure)
 
     def _hello(self, source: Source) -> None:
@@ -323,13 +331,13 @@ class Arrivals:
 
     # --- What does not come ---
 
-    def _refused(self, source: Source, fields: dict[str, Any]) -> None:
+    def _refused(self, source: Source, kind: str, fields: dict[str, Any]) -> None:
         error = FabricError(f"the sender, {source.name}: {fields['why']}")
         if fields["version"] == 0:
             self._drop(source.peer, error)
         elif fields["version"] == source.offered:
             source.offered = 0
-            self._abandon(error, dropped=fields["dropped"])
+            self._abandon(error, kind)
 
     def _drop(self, peer: int, error: FabricError) -> None:
         source = self._sources.pop(peer, None)
@@ -366,27 +374,25 @@ class Arrivals:
                 self._rings.remove(source.ring)
 
     def _abandon(
-        self, error: FabricError, *, stays: bool = False, dropped: int = 0
+        self, error: FabricError, kind: str = "refuse", *, stays: bool = False
     ) -> None:
-        """Gives up the version that is being filled; 1: since its trainer has."""
+        """Gives up the version that is being filled, and tells of it by `kind`."""
         version = self._versions.filling
         self._versions.fail(error, stays=stays)
         if version:
-            self._refuse(version, str(error), dropped)
+            self._refuse(version, str(error), kind)
 
-    def _refuse(self, version: int, why: str, dropped: int = 0) -> None:
+    def _refuse(self, version: int, why: str, kind: str = "refuse") -> None:
         """Tells all who offer a version that it will not come about."""
         for source in self._sources.values():
             if source.offered == version:
                 source.offered = 0
-                told = {"version": version, "why": why, "dropped": dropped}
-                self._tell(source.peer, "refuse", **told)
+                self._tell(source.peer, kind, version=version, why=why)
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
-        if kind == "refuse":
+        if kind in ("refuse", "dropped"):
             source = self._sources.get(peer)
             fields["connection"] = 0 if source is None else source.connection
-            fields.setdefault("dropped", 0)
         self._send(peer, _frames.encode(kind, **fields))
 
     def _send(self, peer: int, data: bytes) -> None:

@@ -16,6 +16,8 @@ _THREADS_MAX = 4  # by default; each of them copies several GB/s
 _CLOSE_S = 10.0
 _CORES_PER_THREAD = 4  # other processes of the job, and JAX, want some, too
 
+_NONE_LEFT: Any = object()
+
 Do = Callable[[Any, Phases], object]
 
 
@@ -42,6 +44,7 @@ class Task:
       do: is called with a part, and its thread's phases.
       done: is called once, by any thread, when all parts are done, or no more of them
         will be: with what failed first, or ``None``.
+      handing: held while a part is made, which may wait for a device.
       all_taken: whether nobody will begin another part.
       busy: threads that are at one.
       failure: what failed first.
@@ -50,6 +53,7 @@ class Task:
     parts: Iterator[Any]
     do: Do
     done: Callable[[Exception | None], object]
+    handing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     all_taken: bool = False
     busy: int = 0
     failure: Exception | None = None
@@ -152,64 +156,44 @@ class Crew:
     def _work(self) -> None:
         """Does parts until none is left to begin."""
         mine = Phases()
-        task: Task | None = None
-        failure: Exception | None = None
         while True:
             with self._changed:
-                over = [] if task is None else self._end_part(task, failure, mine)
-                task, part = self._take(mine, over)
-            for each in over:
-                each.done(each.failure)
-            if task is None:
-                return
-            try:
-                failure = None
-                task.do(part, mine)
-            except Exception as error:
-                failure = error
-
-    def _take(self, mine: Phases, over: list[Task]) -> tuple[Task | None, Any]:
-        """The next part; adds tasks that turn out to be over. Needs the lock."""
-        mine.start()
-        if not self._busy:
-            self.phases.start()
-        while self._tasks:
-            task = self._tasks[0]
-            try:
-                part = next(task.parts)
-            except StopIteration:
-                self._ends(task, over)
-            except Exception as error:
-                task.failure = task.failure or error
-                self._ends(task, over)
-            else:
+                if not self._tasks:
+                    return
+                task = self._tasks[0]
+                mine.start()
+                if not self._busy:
+                    self.phases.start()
                 task.busy += 1
                 self._busy += 1
-                return task, part
-        return None, None
-
-    def _ends(self, task: Task, over: list[Task]) -> None:
-        self._tasks.remove(task)
-        task.all_taken = True
-        if not task.busy:
-            over.append(task)
+            failure: Exception | None = None
+            part = _NONE_LEFT
+            try:
+                # Without the other lock: whoever drops the task has a limit.
+                with task.handing:
+                    part = next(task.parts, _NONE_LEFT)
+                if part is not _NONE_LEFT:
+                    task.do(part, mine)
+            except Exception as error:
+                failure = error
+            with self._changed:
+                ends = part is _NONE_LEFT or failure is not None
+                over = self._end_part(task, mine, failure, ends)
+            if over:
+                task.done(task.failure)
 
     def _end_part(
-        self, task: Task, failure: Exception | None, mine: Phases
-    ) -> list[Task]:
-        """Tasks that are over with it. Needs the lock."""
-        over: list[Task] = []
+        self, task: Task, mine: Phases, failure: Exception | None, ends: bool
+    ) -> bool:
+        """Whether the task is over with it. Needs the lock."""
         task.busy -= 1
         self._busy -= 1
         self._laps.add(mine)
         if not self._busy:
             self.phases.join(self._laps)
             self._changed.notify_all()
-        if failure is not None:
-            task.failure = task.failure or failure
-            if task in self._tasks:
-                self._ends(task, over)
-                return over
-        if task.all_taken and not task.busy:
-            over.append(task)
-        return over
+        task.failure = task.failure or failure
+        if ends and task in self._tasks:
+            self._tasks.remove(task)
+            task.all_taken = True
+        return task.all_taken and not task.busy

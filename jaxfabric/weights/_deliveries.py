@@ -12,7 +12,6 @@ from typing import Any
 from jaxfabric._errors import (
     DeadlineError,
     FabricError,
-    OutcomeUnknownError,
     PeerLostError,
 )
 from jaxfabric._net_addr import MrDesc
@@ -25,6 +24,7 @@ from jaxfabric.weights._outgoing import Outgoing
 from jaxfabric.weights._plan import Plan
 from jaxfabric.weights._push import Push, Receipt
 from jaxfabric.weights._slot import HEADER_BYTES, cut_of
+from jaxfabric.weights._strangers import Strangers
 from jaxfabric.weights._target import Job, Target
 from jaxfabric.weights._watch import Watch
 from jaxfabric.weights._worker import Worker
@@ -63,6 +63,7 @@ class Deliveries:
             *(self._post, self._unpacked, self._broken, self._counted),
         )
         self._targets: dict[int, Target] = {}
+        self._strangers = Strangers()
         self._latest: Job | None = None
         self._current: Job | None = None
         self._queue: collections.deque[Job] = collections.deque()
@@ -104,7 +105,8 @@ class Deliveries:
                 failure = FabricError(
                     f"jf.weights: what peer {peer} sent is malformed: {error}"
                 )
-            self._tell(peer, "refuse", version=0, why=str(failure))
+            if self._strangers.first(peer) or peer in self._targets:
+                self._tell(peer, "refuse", version=0, why=str(failure))
             self._drop(peer, failure)
 
     def _hello(self, peer: int, fields: dict[str, Any]) -> None:
@@ -163,8 +165,16 @@ class Deliveries:
         target.first_id = fields["id"]
         target.slots = list(range(slots))
         self._tell(target.peer, "joined")
-        if self._latest is None or self._queue:
-            return  # the next push is for it, too
+        self._catch_up([target])
+
+    def _catch_up(self, targets: list[Target]) -> None:
+        """Offers the newest version to receivers that came late."""
+        if self._latest is None or not targets:
+            return
+        if self._queue:  # the next push is for them, too, unless it is given up
+            for target in targets:
+                target.put_off = True
+            return
         if self._current is None:
             catch_up = Push(self._latest.version, self._cancel)
             now = time.monotonic()
@@ -176,7 +186,8 @@ class Deliveries:
                 arrays=self._latest.arrays,
             )
             self._limit(self._current)
-        self._offer(target, self._current)
+        for target in targets:
+            self._offer(target, self._current)
 
     def _on_go(self, target: Target, fields: dict[str, Any]) -> None:
         job = target.job
@@ -222,8 +233,14 @@ class Deliveries:
         if fields["version"] == 0:
             self._drop(target.peer, error)
         elif job is not None and fields["version"] == job.version:
-            job.dropped |= bool(fields["dropped"])
             self._end(target, error)
+
+    def _on_dropped(self, target: Target, fields: dict[str, Any]) -> None:
+        """As `_on_refuse`; another rank of the trainer has given it up."""
+        job = target.job
+        if job is not None and fields["version"] == job.version:
+            job.dropped = True
+        self._on_refuse(target, fields)
 
     # --- Versions ---
 
@@ -242,19 +259,23 @@ class Deliveries:
 
     def _next_job(self) -> None:
         current = self._current
-        if current is not None and current.catch_up and self._queue:
-            # Other ranks may offer the next version already, and never this one; what
-            # its receivers have of it they drop once the next one is offered.
-            for target in list(self._targets.values()):
-                if target.job is current:
-                    self._end(target, FabricError("a newer version is pushed"))
+        if current is not None and not current.catch_up:
             return
-        if current is not None or not self._queue:
+        if not self._queue:
+            waiting = [t for t in self._targets.values() if t.put_off]
+            self._catch_up(waiting)
             return
         if not self._queue[0].computed():
             if not self._looking:
                 self._looking = True
                 self._worker.after(_LOOK_S, self._look)
+            return
+        if current is not None:
+            # Other ranks may offer the next version already, and never this one; what
+            # its receivers have of it they drop once the next one is offered.
+            for target in list(self._targets.values()):
+                if target.job is current:
+                    self._end(target, FabricError("a newer version is pushed"))
             return
         job = self._current = self._latest = self._queue.popleft()
         for target in list(self._targets.values()):
@@ -263,6 +284,7 @@ class Deliveries:
         self._finish_job()
 
     def _offer(self, target: Target, job: Job) -> None:
+        target.put_off = False
         target.begin(job)
         job.push._opens(target.name, target.nbytes)
         self._tell(target.peer, "begin", version=job.version)
@@ -270,16 +292,7 @@ class Deliveries:
     def _unpacked(self, target: Target, error: Exception) -> None:
         """A bucket cannot be packed."""
         assert target.job is not None
-        job = target.job
-        why = f"version {job.version} cannot be packed: {error!r}"
-        if any(array.is_deleted() for array in job.arrays):
-            why = (
-                f"the parameters of version {job.version} are gone ({error}); do not "
-                "donate them before the next push"
-            )
-        elif isinstance(error, RuntimeError):  # JAX's
-            why = f"the parameters of version {job.version} are not there: {error}"
-        self._give_up(target, FabricError(why))
+        self._give_up(target, FabricError(target.job.why_unpacked(error)))
 
     # --- How it ends ---
 
@@ -309,9 +322,8 @@ class Deliveries:
         if job is None:
             return
         job.dropped = True
-        told = {"version": job.version, "why": str(error), "dropped": 1}
-        self._tell(target.peer, "refuse", **told)
-        self._end(target, _judged(target, error))
+        self._tell(target.peer, "dropped", version=job.version, why=str(error))
+        self._end(target, target.judged(error))
 
     def _broken(self, target: Target, error: Exception) -> None:
         """A write failed: its ring cannot be used any more."""
@@ -326,7 +338,7 @@ class Deliveries:
         if target is None:
             return
         self._outgoing.remove(target)
-        self._end(target, _judged(target, error))
+        self._end(target, target.judged(error))
 
     def _expire(self, job: Job) -> None:
         """Ends it, with what each receiver has not done."""
@@ -352,6 +364,7 @@ class Deliveries:
             job.push._opens("all", 0)
             job.push._ends("all", error)
             self._over(job)
+            self._next_job()
         for target in list(self._targets.values()):
             if target.job is job:
                 self._give_up(target, error)
@@ -363,12 +376,11 @@ class Deliveries:
             why = "the Sender was closed"
             self._tell(peer, "refuse", version=0, why=why)
             self._drop(peer, PeerLostError(why, (self.rank,)))
+        self._latest = None  # nobody gets it any more
 
     def _tell(self, peer: int, kind: str, **fields: Any) -> None:
         target = self._targets.get(peer)
         connection = 0 if target is None else target.connection
-        if kind == "refuse":
-            fields.setdefault("dropped", 0)
         self._send(peer, _frames.encode(kind, connection=connection, **fields))
 
     def _send(self, peer: int, data: bytes) -> None:
@@ -376,21 +388,10 @@ class Deliveries:
             self.engine.submit_send(peer, data)
 
 
-def _judged(target: Target, error: FabricError) -> Receipt | FabricError:
-    """What became of the version, which the receiver may have all the same."""
-    if target.receipt is not None:
-        return target.receipt
-    target.revoke()
-    if not target.may_have_all():
-        return error
-    return OutcomeUnknownError(
-        f"all was written, and it did not say that it has it: {error}"
-    )
-
-
 _HANDLERS: dict[str, Callable[[Deliveries, Target, dict[str, Any]], None]] = {
     "ready": Deliveries._on_ready,
     "go": Deliveries._on_go,
     "have": Deliveries._on_have,
     "refuse": Deliveries._on_refuse,
+    "dropped": Deliveries._on_dropped,
 }

@@ -28,13 +28,11 @@ _FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "ready": {"slots": is_u64, "id": is_u64, "memory": is_text, "cut": is_u64},
     "go": {"version": is_u64},
     "have": {"version": is_u64, "verify_us": is_u64, "unpack_us": is_u64},
-    # either way: a version, or all of them (version 0), will not come about
-    "refuse": {
-        "version": is_u64,
-        "why": is_text,
-        "connection": is_u64,
-        "dropped": is_u64,  # 1: since a rank of the trainer has given it up
-    },
+    # either way: a version, or all of them (version 0), will not come about. It tells
+    # other versions of the protocol what is wrong, so its fields stay as they are
+    "refuse": {"version": is_u64, "why": is_text, "connection": is_u64},
+    # the same of a version, since a rank of the trainer has given it up
+    "dropped": {"version": is_u64, "why": is_text, "connection": is_u64},
     # source to target; a plan follows in parts
     "welcome": {
         "version": is_u64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -44,9 +45,13 @@ class Outgoing:
     ) -> None:
         self._engine, self._post = engine, post
         self._unpacked, self._broken, self._counted = unpacked, broken, counted
-        self._crew = Crew("jf.weights.Sender", helpers=threads - 1)
-        self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
-        self.staging = Staging(engine, staging, bucket_bytes, self._crew)
+        with contextlib.ExitStack() as undo:  # there may be no memory
+            self._crew = Crew("jf.weights.Sender", helpers=threads - 1)
+            undo.callback(self._crew.close)
+            self._writer = Writer("jf.weights.Sender.writes", own_thread=threads > 1)
+            undo.callback(self._writer.close)
+            self.staging = Staging(engine, staging, bucket_bytes, self._crew)
+            undo.pop_all()
         self._turns: collections.deque[Target] = collections.deque()
 
     def add(self, target: Target) -> None:
@@ -166,6 +171,9 @@ class Outgoing:
         """Ends its threads, after the worker's, and gives memory back."""
         self._writer.close()
         self._crew.close()
-        if not self._engine.closed:
+        if self._engine.closed:
+            return
+        try:
             self._engine.drain()
+        finally:
             self.staging.close()

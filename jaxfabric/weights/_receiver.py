@@ -186,7 +186,7 @@ class Receiver(Arrivals):
                 _make_read_only(self._current)
         finally:
             self._versions.release()
-        self._worker.post(self._advance)
+            self._worker.post(self._advance)  # to what is whole since
         return self._current
 
     def _limit(self, what: str, timeout_s: float | None) -> float:
@@ -229,10 +229,12 @@ class Receiver(Arrivals):
             self._worker.post(self._leave)
         self._worker.close()
         self._crew.close()
-        if not self.engine.closed:
-            self.engine.submit_recvs(None)
-            self.engine.drain()
-        release(self.engine)
+        try:
+            if not self.engine.closed:
+                self.engine.submit_recvs(None)
+                self.engine.drain()
+        finally:
+            release(self.engine)
 
     def __enter__(self) -> Receiver:
         return self

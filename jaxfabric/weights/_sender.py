@@ -223,10 +223,12 @@ class Sender(Deliveries):
             self._closed = True
             self._worker.post(self._leave)
         self._worker.close()
-        if not self.engine.closed:
-            self.engine.submit_recvs(None)
-        self._outgoing.close()
-        release(self.engine)
+        try:
+            if not self.engine.closed:
+                self.engine.submit_recvs(None)
+            self._outgoing.close()
+        finally:
+            release(self.engine)
 
     def __enter__(self) -> Sender:
         return self

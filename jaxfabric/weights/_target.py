@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from jaxfabric._errors import FabricError, OutcomeUnknownError
 from jaxfabric._net_addr import MrDesc
 from jaxfabric.weights._buckets import Bucket
 from jaxfabric.weights._frames import Parts
@@ -52,6 +53,17 @@ class Job:
             self.pending.pop()
         return True
 
+    def why_unpacked(self, error: Exception) -> str:
+        """Why a bucket could not be packed, in words."""
+        if any(array.is_deleted() for array in self.arrays):
+            return (
+                f"the parameters of version {self.version} are gone ({error}); do not "
+                "donate them before the next push"
+            )
+        if isinstance(error, RuntimeError):  # JAX's
+            return f"the parameters of version {self.version} are not there: {error}"
+        return f"version {self.version} cannot be packed: {error!r}"
+
     def end_limit(self) -> None:
         """It is over: nothing refers to it in a circle, and keeps its arrays."""
         self.no_limit()
@@ -84,6 +96,7 @@ class Target:
       handed: buckets by the call that writes them, until that is over.
       uncounted: writes of the job of which it is not known that they have ended.
       receipt: what it said of the job, until those are counted.
+      put_off: it came while a push waited, and is to get the newest version.
     """
 
     peer: int
@@ -107,6 +120,7 @@ class Target:
     handed: dict[Future[Any], int] = dataclasses.field(default_factory=dict)
     uncounted: int = 0
     receipt: Receipt | None = None
+    put_off: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -145,6 +159,17 @@ class Target:
         for call, number in list(self.handed.items()):
             if call.cancel():
                 self.again.append(number)
+
+    def judged(self, error: FabricError) -> Receipt | FabricError:
+        """What became of its version, which it may have in spite of the error."""
+        if self.receipt is not None:
+            return self.receipt
+        self.revoke()
+        if not self.may_have_all():
+            return error
+        return OutcomeUnknownError(
+            f"all was written, and it did not say that it has it: {error}"
+        )
 
     def begin(self, job: Job) -> None:
         """Starts anew, with another version."""
