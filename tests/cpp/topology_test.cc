@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -211,7 +212,7 @@ TEST(TopologyTest, WhatIsNoTopologyIsRefused) {
 // A sysfs of two NUMA nodes.
 class SysfsTest : public testing::Test {
  protected:
-  SysfsTest() : root_(fs::path(testing::TempDir()) / "jaxfabric-sysfs") {
+  SysfsTest() : root_(Root()) {
     fs::remove_all(root_);
     Node(0, "0-1");
     Node(1, "2,3");
@@ -245,6 +246,13 @@ class SysfsTest : public testing::Test {
   }
 
   const fs::path root_;
+
+ private:
+  // ctest runs the tests of this file side by side, each in its own process.
+  static fs::path Root() {
+    return fs::path(testing::TempDir()) /
+           ("jaxfabric-sysfs-" + std::to_string(getpid()));
+  }
 };
 
 TEST_F(SysfsTest, NumaNodesAndThePciTreeAreKnown) {
