@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import queue
 import threading
 import time
@@ -23,7 +24,7 @@ from weights_cases import assert_tiles, jobs, mesh, whole_arrays
 import jaxfabric as jf
 from jaxfabric.weights import _pack
 from jaxfabric.weights._buckets import BLOCK
-from jaxfabric.weights._crew import Crew, Dropped, thread_count
+from jaxfabric.weights._crew import NICE, Crew, Dropped, thread_count
 from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._slot import Checksum
 from jaxfabric.weights._worker import Worker
@@ -208,6 +209,28 @@ def test_threads_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
         assert thread_count(None) == threads
     assert thread_count(7) == 7
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_who_unpacks_yields_to_the_others(threads: int) -> None:
+    def nicer() -> dict[str, int]:
+        return {
+            thread.name.removeprefix("jf.weights."): os.getpriority(
+                os.PRIO_PROCESS, thread.native_id or 0
+            )
+            - ours
+            for thread in threading.enumerate()
+            if thread.name.startswith("jf.weights.")
+        }
+
+    ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    wanted = {"Sender": 0, "Receiver": 0, "Receiver.1": NICE, "Receiver.2": NICE}
+    wanted |= {"Sender.1": 0, "Sender.writes": 0}
+    if threads == 1:
+        wanted = {"Sender": 0, "Receiver": NICE}
+    with jobs("shm", SOURCE, SOURCE, threads=threads):
+        until(lambda: nicer() == wanted)
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
 
 
 # --- Strips ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jaxfabric._transfer_memory import Region
 from jaxfabric.weights import _frames, _pack
 from jaxfabric.weights._agreement import Agreement
 from jaxfabric.weights._buckets import Bucket, largest
-from jaxfabric.weights._crew import Crew, Dropped
+from jaxfabric.weights._crew import NICE, Crew, Dropped
 from jaxfabric.weights._engine_use import take_ids
 from jaxfabric.weights._layout import TreeLayout
 from jaxfabric.weights._match import check_cover
@@ -54,13 +54,13 @@ class Arrivals:
         self._plan_digest = b""
         self._buckets: dict[int, list[Bucket]] = {}  # by source rank
         self._rings: list[Region] = []  # also of those that are gone
-        self._connections = 0
+        self._connections = self._spoilt = 0
         self._filling: object = None  # differs each time that a version begins
-        self._spoilt = 0
         with contextlib.ExitStack() as undo:  # at exit they end in the reverse order
-            self._crew = Crew("jf.weights.Receiver", threads if threads > 1 else 0)
+            name, helpers = "jf.weights.Receiver", threads if threads > 1 else 0
+            self._crew = Crew(name, helpers, nice=NICE)
             undo.callback(self._crew.close)
-            self._worker = Worker("jf.weights.Receiver")
+            self._worker = Worker(name, nice=0 if helpers else NICE)
             undo.callback(self._worker.close)
             self._watch = Watch(
                 engine, lambda *lost: self._worker.post(lambda: self._drop(*lost))

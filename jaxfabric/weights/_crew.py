@@ -13,6 +13,8 @@ from jaxfabric.weights._phases import Phases
 from jaxfabric.weights._worker import Worker
 
 _THREADS_MAX = 4  # by default; each of them copies several GB/s
+# Of who unpacks: it has a third of a core that it shares with who serves or writes.
+NICE = 3
 _CLOSE_S = 10.0
 _CORES_PER_THREAD = 4  # other processes of the job, and JAX, want some, too
 
@@ -66,16 +68,19 @@ class Dropped(Exception):
 class Crew:
     """Helpers, and whoever calls `finish`. They begin tasks in order.
 
+    Args:
+      name, nice: of the helpers; see `Worker`.
+
     Attributes:
       helpers: how many threads of its own there are.
       phases: where time goes: by the clock, that in which any thread is at a part,
         shared out as the threads' own; and over cores, the sum.
     """
 
-    def __init__(self, name: str, helpers: int) -> None:
+    def __init__(self, name: str, helpers: int, *, nice: int = 0) -> None:
         self.helpers = helpers
         self.phases = Phases()
-        self._workers = [Worker(f"{name}.{i + 1}") for i in range(helpers)]
+        self._workers = [Worker(f"{name}.{i + 1}", nice=nice) for i in range(helpers)]
         self._changed = threading.Condition()  # guards what follows, and the tasks
         self._tasks: collections.deque[Task] = collections.deque()
         self._busy = 0

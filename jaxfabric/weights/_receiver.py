@@ -56,7 +56,8 @@ class Receiver(Arrivals):
         through which they agree on what they take; ``None`` on that one itself.
       slots: buckets that each rank of the trainer may have on the way.
       threads: that check and unpack a bucket together. ``None``: one for each four
-        cores that the process may use, up to 4.
+        cores that the process may use, up to 4. They are a little nicer than the
+        process (nice(2), by 3): where cores are short, who serves goes first.
 
     Raises:
       ValueError: the layout has no such rank, or a number is too small.

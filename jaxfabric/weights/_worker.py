@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import queue
 import sys
 import threading
@@ -23,9 +25,15 @@ class Worker:
 
     What belongs to the thread needs no lock. What fails unexpectedly goes to
     ``sys.excepthook``, and the thread goes on.
+
+    Args:
+      name: of the thread.
+      nice: how much nicer it is than who makes it, as with nice(2): where cores are
+        short, others go first.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, nice: int = 0) -> None:
+        self._nice = nice
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = (
             queue.SimpleQueue()
         )
@@ -78,6 +86,7 @@ class Worker:
             self._end()
 
     def _run(self) -> None:
+        self._yield_to_others()
         while True:
             left_s = self._until_due()
             try:
@@ -94,6 +103,14 @@ class Worker:
             except Exception:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
             del work  # and what it holds, while nothing else comes
+
+    def _yield_to_others(self) -> None:
+        if not self._nice:
+            return
+        # Of this thread alone, on Linux. Where it is forbidden, all are alike.
+        with contextlib.suppress(OSError):
+            thread = os.PRIO_PROCESS, threading.get_native_id()
+            os.setpriority(*thread, min(19, os.getpriority(*thread) + self._nice))
 
     def _until_due(self) -> float:
         due = min((due for due, _ in self._due), default=math.inf)
