@@ -75,6 +75,15 @@ def test_wrong_bytes_are_found(case: Case) -> None:
     assert case.wrong_bytes(memory[last.peer], last.peer) == 1
 
 
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.label)
+def test_in_one_place_all_slots_are_the_first(case: Case) -> None:
+    one = dataclasses.replace(case, one_place=True)
+    assert one.bytes_ == case.size
+    for slot in range(case.window):
+        assert one.base(slot) == 0
+        assert one.spans(slot) == case.spans(0)
+
+
 def test_pages_that_are_not_shuffled_are_wrong() -> None:
     case = Case("paged", 1 << 16, peers=1, window=2)
     assert case.wrong_bytes(case.pattern(), 0) > case.bytes_ // 4
@@ -348,13 +357,17 @@ def test_ib_write_bw_prints_mebibytes_per_second(
 # --- All of it ---------------------------------------------------------------
 
 
-def test_a_quick_run_over_floors_and_shm(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("places", [(), ("--one-place",)])
+def test_a_quick_run_over_floors_and_shm(
+    places: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
     file = tmp_path / "put.json"
     text = run_child(
         *("-m", "jaxfabric._cli", "bench", "put", "--quick", "--counted"),
         *("--transport", "shm", "--subjects", "memcpy,jaxfabric"),
-        *("--sizes", "1KiB,64KiB", "--json", str(file)),
+        *("--sizes", "1KiB,64KiB", "--json", str(file), *places),
     )
+    assert ("in one place" in text) == bool(places)
     found = json.loads(file.read_text())
     assert set(found) == {
         "benchmark",

@@ -46,6 +46,7 @@ class Case:
       window: operations in flight while the rate is measured, at most. Each has a
         place of its own in memory, a slot.
       page: length of a page of a paged write; 0 for 16 KiB at most, and four pages.
+      one_place: all slots are the same memory.
     """
 
     kind: str
@@ -53,11 +54,12 @@ class Case:
     peers: int
     window: int
     page: int = 0
+    one_place: bool = False
 
     @property
     def bytes_(self) -> int:
         """Memory of the initiator, and of each target."""
-        return self.window * self.size
+        return self.size if self.one_place else self.window * self.size
 
     @property
     def page_bytes(self) -> int:
@@ -81,9 +83,13 @@ class Case:
         pages = self.size // self.page_bytes
         return np.random.default_rng(self.size).permutation(pages)
 
+    def base(self, slot: int) -> int:
+        """Where the memory of an operation in this slot begins, on both sides."""
+        return 0 if self.one_place else slot * self.size
+
     def spans(self, slot: int) -> list[Span]:
         """Where the bytes of an operation in this slot go."""
-        base = slot * self.size
+        base = self.base(slot)
         if self.kind == "single":
             return [Span(0, base, base, self.size)]
         if self.kind == "paged":
@@ -157,11 +163,16 @@ def effort(size: int, *, seconds: float) -> Effort:
 
 
 def plan(
-    kinds: tuple[str, ...], sizes: tuple[int, ...], *, peers: int, window: int
+    kinds: tuple[str, ...],
+    sizes: tuple[int, ...],
+    *,
+    peers: int,
+    window: int,
+    one_place: bool = False,
 ) -> list[Case]:
     """All cases, kind by kind and the small sizes first."""
     return [
-        Case(kind, size, peers, window_for(size, window))
+        Case(kind, size, peers, window_for(size, window), one_place=one_place)
         for kind in kinds
         for size in sorted(sizes)
     ]

@@ -38,6 +38,7 @@ class Settings:
       rounds: how often each subject is measured, in turns.
       seconds: for each of the two measurements of a case, in each round.
       window: operations in flight, at most.
+      one_place: all of them write the same bytes to the same place.
       peers: targets of a scatter.
       nics: Domains of our engine on each side.
       counted: our engine is measured a second time, with writes that are counted at
@@ -52,6 +53,7 @@ class Settings:
     rounds: int = 3
     seconds: float = 0.2
     window: int = 16
+    one_place: bool = False
     peers: int = 4
     nics: int = 1
     counted: bool = False
@@ -180,7 +182,11 @@ def run(
     """
     before, line = machine.describe(), machine.line()
     plan = plan or cases.plan(
-        settings.kinds, settings.sizes, peers=settings.peers, window=settings.window
+        settings.kinds,
+        settings.sizes,
+        peers=settings.peers,
+        window=settings.window,
+        one_place=settings.one_place,
     )
     subjects = subjects_of(settings)
     outcomes, failed = take_turns(subjects, plan, settings, say)

@@ -67,6 +67,8 @@ def _table(case: Case, rows: list[Row]) -> rich.table.Table:
         title += f", {pages} pages of {readable(case.page_bytes)}"
     elif case.kind == "scatter":
         title += f" to {case.targets} peers"
+    if case.one_place:
+        title += ", all in one place"
     table = rich.table.Table(
         title=f"{title}, at most {case.window} in flight",
         title_justify="left",

@@ -99,6 +99,14 @@ _ScatterPeers = Annotated[
 _Nics = Annotated[
     int, typer.Option(min=1, max=8, help="NICs of our engine, on each side.")
 ]
+_OnePlace = Annotated[
+    bool,
+    typer.Option(
+        "--one-place",
+        help="All writes have the same source and target, as ib_write_bw's have; "
+        "by default those in flight have places of their own.",
+    ),
+]
 _Counted = Annotated[
     bool,
     typer.Option("--counted", help="Measure ours also with writes that are counted."),
@@ -128,6 +136,7 @@ def put(
     rounds: _Rounds = 3,
     seconds: _Seconds = 0.2,
     window: _Window = 16,
+    one_place: _OnePlace = False,
     scatter_peers: _ScatterPeers = 4,
     nics: _Nics = 1,
     counted: _Counted = False,
@@ -154,6 +163,7 @@ def put(
         rounds=rounds,
         seconds=seconds,
         window=window,
+        one_place=one_place,
         peers=scatter_peers,
         nics=nics,
         counted=counted,

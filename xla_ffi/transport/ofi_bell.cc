@@ -22,6 +22,14 @@ namespace {
 constexpr int64_t kGraceMinNs = 30'000;
 constexpr int64_t kGraceMaxNs = 1'000'000;
 
+// A timer lasts for several graces, so that not each call has to set it; the
+// longer calls take, the more of them. Beside short ones two are enough, and
+// more would be felt by those who wait for the worker.
+int64_t TimerNs(int64_t grace_ns) {
+  constexpr int64_t kMost = 8;
+  return grace_ns * std::clamp<int64_t>(grace_ns / kGraceMinNs, 2, kMost);
+}
+
 Status SystemError(const char* call) {
   return Status(StatusCode::kResourceExhausted,
                 std::string(call) + " failed: " + std::strerror(errno));
@@ -98,11 +106,12 @@ void OfiBell::Unmute() {
   const int64_t now_ns = MonotonicNanoseconds();
   const int64_t grace_ns =
       std::clamp(now_ns - muted_ns_, kGraceMinNs, kGraceMaxNs);
+  const int64_t after_ns = TimerNs(grace_ns);
   // That of an earlier Unmute will do if it is neither too early nor too late.
   const int64_t left_ns = timer_ns_ - now_ns;
-  if (left_ns >= grace_ns && left_ns <= 2 * grace_ns) return;
-  timer_ns_ = now_ns + 2 * grace_ns;
-  SetTimer(2 * grace_ns);
+  if (left_ns >= grace_ns && left_ns <= after_ns) return;
+  timer_ns_ = now_ns + after_ns;
+  SetTimer(after_ns);
 }
 
 void OfiBell::Wake() {

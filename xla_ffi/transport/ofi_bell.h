@@ -4,8 +4,9 @@
 // wakes it without another thread in between. After Unmute it takes a moment
 // until they wake somebody again: who has just polled often polls again soon,
 // and a thread that wakes up in between would be in its way. The moment is one
-// to two times as long as the bell was mute: that says how fast things go here,
-// and not each Unmute has to set the timer.
+// to two times as long as the bell was mute: that says how fast things go here.
+// It is up to eight times as long where that is long, since each setting of the
+// timer is a system call.
 
 #ifndef JAXFABRIC_TRANSPORT_OFI_BELL_H_
 #define JAXFABRIC_TRANSPORT_OFI_BELL_H_

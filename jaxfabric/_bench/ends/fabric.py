@@ -116,8 +116,8 @@ class Initiator:
             pages,
             case.page_bytes,
             self._id,
-            source_offset=slot * case.size,
-            target_offset=slot * case.size,
+            source_offset=case.base(slot),
+            target_offset=case.base(slot),
         )
 
     def _scatter(self, case: Case, slot: int) -> Callable[[], Any]:
