@@ -4,8 +4,14 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <cinttypes>
 #include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <memory>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "base/check.h"
@@ -14,6 +20,8 @@
 
 namespace jaxfabric {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr double kPatienceSeconds = 30;
 constexpr int64_t kMillisecond = 1'000'000;
@@ -92,6 +100,44 @@ TEST_F(OfiBellTest, WhoPolledForLongIsWaitedForForAsLong) {
   EXPECT_FALSE(bell_->muted());
   bell_->Wait(bell_->Sequence(), Deadline::AfterSeconds(kPatienceSeconds));
   EXPECT_GE(MonotonicNanoseconds() - begin_ns, kMillisecond);
+}
+
+// What the kernel says is left of the only timer of this process.
+int64_t TimerLeftNs() {
+  for (const auto& entry : fs::directory_iterator("/proc/self/fd")) {
+    std::error_code error;  // that of the listing itself has gone
+    const fs::path target = fs::read_symlink(entry.path(), error);
+    if (target != "anon_inode:[timerfd]") continue;
+    std::ifstream info("/proc/self/fdinfo" / entry.path().filename());
+    for (std::string line; std::getline(info, line);) {
+      int64_t seconds = 0;
+      int64_t nanoseconds = 0;
+      if (std::sscanf(line.c_str(), "it_value: (%" SCNd64 ", %" SCNd64 ")",
+                      &seconds, &nanoseconds) == 2) {
+        return seconds * 1000 * kMillisecond + nanoseconds;
+      }
+    }
+  }
+  return -1;
+}
+
+TEST_F(OfiBellTest, LongCallsShareATimer) {
+  const auto call = [&] {
+    bell_->Mute();
+    const Deadline worked = Deadline::AfterNanoseconds(kMillisecond);
+    while (!worked.Expired()) continue;
+    bell_->Unmute();
+    return TimerLeftNs();
+  };
+  bool shared = false;  // but for a pause of this thread
+  for (int i = 0; i < 100 && !shared; ++i) {
+    const int64_t first_ns = call();
+    const int64_t second_ns = call();
+    ASSERT_GT(first_ns, 0);
+    ASSERT_LE(first_ns, 8 * kMillisecond);
+    shared = second_ns > 0 && second_ns <= first_ns - kMillisecond;
+  }
+  EXPECT_TRUE(shared);
 }
 
 TEST_F(OfiBellTest, WhoIsRemovedWakesNobody) {

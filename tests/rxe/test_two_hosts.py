@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ COORDINATOR_PORT = 9911  # nobody else is here
 # Emulated processors import JAX in 20 s and compile for as long; three times that.
 JIT_TIMEOUT_S = 150
 REGION_BYTES = 1 << 20
+# A rail that loses is slow, and gets little: now and then nothing of the first writes.
+TURN_TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -46,10 +50,13 @@ def test_the_engine_gets_every_byte_across(
     program = [str(build / PROGRAM), "verbs", ",".join(two_hosts)]
     command = [*program, str(REGION_BYTES), ""]
     with link_pair((command, remote.command(command)), REGION_BYTES) as engines:
-        for id in range(1, 4):
+        until = time.monotonic() + TURN_TIMEOUT_S
+        for id in itertools.count(1):
             engines.transfer(id, count=4, timeout_s=60)
-        carried = engines.writer.ask("stats").check().nic_bytes
-    assert all(bytes > 0 for bytes in carried)
+            carried = engines.writer.ask("stats").check().nic_bytes
+            if id >= 3 and all(bytes > 0 for bytes in carried):
+                break
+            assert time.monotonic() < until, f"a rail has carried nothing: {carried}"
 
 
 def test_programs_in_jit_give_the_bits_of_shm(bad_rail: str) -> None:
